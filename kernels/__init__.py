@@ -1,0 +1,24 @@
+"""Operators of skeleton-based temporal action segmentation, each with a reference, its cost and its backends."""
+from __future__ import annotations
+
+from .attention_layer import attention_layer
+from .backend import BACKENDS, BackendError, current_backend, use_backend
+from .dilated_residual import dilated_residual
+from .dropout import channel_dropout, dropout
+from .dynamic_graph_conv import dynamic_graph_conv
+from .frame_loss import IGNORE, boundary_loss, class_loss, frame_similarity
+from .fusion_layer import fusion_layer
+from .masked_batch_norm import masked_batch_norm
+from .moment_update import moment_update, moment_update_cost
+from .multiscale_graph_conv import multiscale_graph_conv
+from .operator import Cost, Operator, operator, operator_table
+from .pointwise import pointwise
+from .segment import pairwise_distance, segment_mean
+
+__all__ = [
+    "BACKENDS", "BackendError", "Cost", "IGNORE", "Operator", "attention_layer", "boundary_loss",
+    "channel_dropout", "class_loss", "current_backend", "dilated_residual", "dropout", "dynamic_graph_conv",
+    "frame_similarity", "fusion_layer", "masked_batch_norm", "moment_update", "moment_update_cost",
+    "multiscale_graph_conv", "operator", "operator_table", "pairwise_distance", "pointwise", "segment_mean",
+    "use_backend",
+]

@@ -1,0 +1,63 @@
+"""Which implementation of an operator runs.
+
+Every operator has up to three implementations of one function:
+
+``reference``
+    Plain PyTorch, differentiated by autograd. Runs on every device and in every dtype.
+``recompute``
+    The reference behind one opaque ``torch.library`` op that keeps only its inputs and evaluates the
+    reference again in the backward pass: less memory for more arithmetic.
+``triton``
+    A fused GPU kernel, where one exists.
+
+``auto`` takes the Triton kernel where the operator has one and all its tensors are on a GPU, and the
+reference otherwise. A forced backend never falls back: where it cannot run, it raises
+:class:`BackendError`.
+
+The choice is made, in this order, by the ``backend`` argument of the operator, by the innermost
+:func:`use_backend` block, by the environment variable ``TRGNET_BACKEND`` (read at import), by ``auto``.
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+BACKENDS = ("auto", "reference", "recompute", "triton")
+
+
+class BackendError(RuntimeError):
+    """A backend was forced for an operator that cannot run on it."""
+
+
+def checked_backend(name: str, source: str) -> str:
+    """Return ``name`` if it is a backend; ``source`` says in the error where it came from."""
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+# A plain module global, not a context variable: torch.compile guards on it and retraces when it changes.
+_current = checked_backend(os.environ.get("TRGNET_BACKEND", "auto"), "environment variable TRGNET_BACKEND")
+
+
+def current_backend() -> str:
+    """Return the backend in force here: ``auto``, ``reference``, ``recompute`` or ``triton``."""
+    return _current
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose the backend of every operator called inside the block (and of its backward pass).
+
+    >>> with use_backend("recompute"):
+    ...     loss = model_loss(batch)
+
+    Raises ValueError for an unknown name. The choice is global to the process, not to the thread.
+    """
+    global _current
+    previous, _current = _current, checked_backend(name, "use_backend")
+    try:
+        yield
+    finally:
+        _current = previous

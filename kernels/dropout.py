@@ -1,0 +1,70 @@
+"""Dropout masks from a counter-based generator.
+
+Element (n, c, t) of a mask depends only on the seed and on n, c and t. So a recomputed backward pass sees
+the mask of the forward pass without storing it, padding a batch further changes no mask, and an
+implementation on any device can draw the same one.
+
+    row[i]    = hash(hash(seed) xor i),    i = n * C + c
+    keep[i,t] = hash(row[i] xor hash(t + 2^30)) >= p * 2^32
+
+``hash`` is the 32-bit finalizer "lowbias32" (C. Wellons, Prospecting for Hash Functions, 2018): shift-xor
+16, multiply 0x7feb352d, shift-xor 15, multiply 0x846ca68b, shift-xor 16.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_FRAME_OFFSET = 1 << 30  # frames and rows count in separate ranges, so that hash(t) never meets hash(i)
+
+
+def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """Zero elements of ``x`` (N, C, T) with probability ``p`` and scale the others by 1 / (1 - p).
+
+    ``seed`` is a 0-dim int64 tensor on the device of ``x``; None switches dropout off.
+    """
+    if seed is None or p == 0.0:
+        return x
+    row = _rows(seed, x.shape[0] * x.shape[1]).view(*x.shape[:2], 1)
+    frame = _hash(torch.arange(x.shape[2], dtype=torch.int32, device=x.device) + _FRAME_OFFSET)
+    return x * _scaled_mask(_hash(row ^ frame), p, x.dtype)
+
+
+def channel_dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """Zero whole (n, c) planes of ``x`` (N, C, V, T) with probability ``p`` and scale the others by 1 / (1 - p)."""
+    if seed is None or p == 0.0:
+        return x
+    row = _rows(seed, x.shape[0] * x.shape[1]).view(*x.shape[:2], 1, 1)
+    return x * _scaled_mask(row, p, x.dtype)
+
+
+def check_probability(operator_name: str, name: str, p: float) -> None:
+    """Raise ValueError unless 0 <= p < 1."""
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"{operator_name}: {name} is {p}, expected a probability in [0, 1)")
+
+
+def _rows(seed: Tensor, count: int) -> Tensor:
+    # A 64-bit seed enters as its two halves, so that seeds differing only in the upper one differ too.
+    folded = _hash(_hash(_low_half(seed)) ^ _low_half(seed >> 32))
+    return _hash(folded ^ torch.arange(count, dtype=torch.int32, device=seed.device))
+
+
+def _low_half(value: Tensor) -> Tensor:
+    """The lower 32 bits of an int64 tensor as int32 (two's complement)."""
+    return ((value + 2**31) % 2**32 - 2**31).to(torch.int32)
+
+
+def _scaled_mask(bits: Tensor, p: float, dtype: torch.dtype) -> Tensor:
+    # int32 bits are uniform on [-2^31, 2^31): the same comparison as unsigned bits >= p * 2^32.
+    threshold = min(round(p * 2**32), 2**32 - 1) - 2**31
+    return (bits >= threshold).to(dtype).div_(1.0 - p)
+
+
+def _hash(x: Tensor) -> Tensor:
+    """lowbias32 on int32 tensors; the masks make torch's arithmetic right shift a logical one."""
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * 0x7FEB352D
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x * (0x846CA68B - 2**32)
+    return x ^ ((x >> 16) & 0xFFFF)

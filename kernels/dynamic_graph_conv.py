@@ -1,0 +1,80 @@
+"""Dynamic graph convolution: a graph per channel plus a graph per frame, applied over the joints.
+
+    z[n,c,u,t] = sum_v (graph[n,c,u,v] + beta * tanh(p[n,u,t] - q[n,v,t])) * x[n,c,v,t]
+
+``graph`` (N, F, V, V) is constant over time: the channel-level adaptation and whatever static graph there
+is. The frame-level graph is a function of two numbers per joint and frame, so it is built block by block of
+frames, forward and backward, and no (N, T, V, V) tensor is formed.
+
+Shapes: x (N, F, V, T), p and q (N, V, T), graph (N, F, V, V), beta (1,) -> z (N, F, V, T).
+Source: arXiv 2503.15126 (dynamic spatial modelling of DSFM); splitting it by what varies is ours.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .operator import Operator, check_shapes
+
+BLOCK_ELEMENTS = 1 << 20  # elements of the frame-level graph that exist at a time
+
+
+def _dynamic_graph_conv_reference(x: Tensor, p: Tensor, q: Tensor, graph: Tensor, beta: Tensor) -> Tensor:
+    n, _, v, t = x.shape
+    frames = max(1, BLOCK_ELEMENTS // max(1, n * v * v))
+    blocks = [_frame_level(x[..., i:i + frames], p[..., i:i + frames], q[..., i:i + frames], beta)
+              for i in range(0, t, frames)]
+    return graph @ x + torch.cat(blocks, dim=-1)
+
+
+def _frame_level(x: Tensor, p: Tensor, q: Tensor, beta: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _frame_level_product(x, p, q, beta)
+    # Checkpointing forgets the block's graph and builds it again in backward.
+    return checkpoint(_frame_level_product, x, p, q, beta, use_reentrant=False, preserve_rng_state=False)
+
+
+def _frame_level_product(x: Tensor, p: Tensor, q: Tensor, beta: Tensor) -> Tensor:
+    difference = p.transpose(1, 2).unsqueeze(3) - q.transpose(1, 2).unsqueeze(2)  # (N, T, V, V)
+    z = torch.tanh(difference) @ x.permute(0, 3, 2, 1)                            # (N, T, V, F)
+    return (beta * z).permute(0, 3, 2, 1)
+
+
+def _flops(x: Tensor, p: Tensor, q: Tensor, graph: Tensor, beta: Tensor) -> tuple[int, int]:
+    n, features, v, t = x.shape
+    pairs = n * t * v * v
+    # Forward: per pair of joints three operations for the frame graph, per channel one addition and one
+    # multiply-add. Backward: the same transposed for x, and a multiply-add each for graph and frame graph.
+    return pairs * (3 + 3 * features), pairs * (8 + 7 * features)
+
+
+OPERATOR = Operator(_dynamic_graph_conv_reference, _flops)
+
+
+def dynamic_graph_conv(
+    x: Tensor, p: Tensor, q: Tensor, graph: Tensor, beta: Tensor, *, backend: str | None = None
+) -> Tensor:
+    """Gather over the joints with a graph per channel plus a tanh graph per frame.
+
+    Parameters
+    ----------
+    x : Tensor (N, F, V, T)
+    p, q : Tensor (N, V, T)
+        Frame-level relation of the receiving joint u (p) and the sending joint v (q).
+    graph : Tensor (N, F, V, V)
+        Graph that does not depend on the frame; last axis is the sending joint.
+    beta : Tensor (1,)
+        Scale of the frame-level graph.
+    backend : str, optional
+        See :mod:`trgnet.kernels.backend`.
+
+    Returns
+    -------
+    Tensor (N, F, V, T)
+
+    Raises ValueError for shapes that do not fit together.
+    """
+    check_shapes("dynamic_graph_conv", x=(x, "N F V T"), p=(p, "N V T"), q=(q, "N V T"),
+                 graph=(graph, "N F V V"), beta=(beta, "1"))
+    return OPERATOR(x, p, q, graph, beta, backend=backend)

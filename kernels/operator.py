@@ -1,0 +1,209 @@
+"""The frame that every differentiable operator of this package shares.
+
+An operator is one mathematical function with a plain reference, a count of its work and a
+``torch.library`` op of the same name (``torch.ops.trgnet.NAME``) with a fake implementation and autograd.
+An operator's file reads: formula and shapes, reference, FLOPs, public function.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import BackendError, checked_backend, current_backend
+
+_OPERATORS: dict[str, Operator] = {}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least work an evaluation needs: bytes moved when each tensor is touched once, and FLOPs."""
+
+    bytes: int
+    flops: int
+
+
+class Operator:
+    """One differentiable function and its implementations.
+
+    Parameters
+    ----------
+    reference
+        Plain PyTorch function; its annotations give the op's schema, its name (less a leading underscore
+        and ``_reference``) the op's name. It returns a tensor or a tuple of tensors, runs on meta tensors,
+        and draws no random numbers of its own (dropout takes a seed, see :mod:`.dropout`).
+    flops
+        Called with the same arguments; returns (forward, backward) floating-point operations.
+    triton
+        The fused implementation with the signature of ``reference``; None where there is none.
+    statistics
+        How many of the outputs, the last ones, are by-products without a gradient.
+    """
+
+    def __init__(
+        self,
+        reference: Callable[..., Any],
+        flops: Callable[..., tuple[int, int]],
+        triton: Callable[..., Any] | None = None,
+        statistics: int = 0,
+    ) -> None:
+        self.name = reference.__name__.removeprefix("_").removesuffix("_reference")
+        self.reference = reference
+        self.triton = triton
+        self._flops = flops
+        self.op = _register(self.name, reference, statistics)
+        _OPERATORS[self.name] = self
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """The backends that this operator can be forced to."""
+        return ("reference", "recompute") + (("triton",) if self.triton else ())
+
+    def choose(self, args: Sequence[Any], forced: str | None) -> str:
+        """Return the backend that a call with these arguments runs on; raises BackendError."""
+        choice = current_backend() if forced is None else checked_backend(forced, self.name)
+        if choice == "auto":
+            on_gpu = all(a.is_cuda for a in args if isinstance(a, Tensor))
+            return "triton" if self.triton is not None and on_gpu else "reference"
+        if choice not in self.backends:
+            raise BackendError(
+                f"{self.name}: backend {choice!r} is forced, but this operator has only "
+                f"{', '.join(self.backends)}; choose one of them or 'auto' (argument backend=, use_backend() "
+                "or TRGNET_BACKEND)"
+            )
+        return choice
+
+    def __call__(self, *args: Any, backend: str | None = None) -> Any:
+        choice = self.choose(args, backend)
+        if choice == "reference":
+            return self.reference(*args)
+        return self.op(*args) if choice == "recompute" else self.triton(*args)
+
+    def cost(self, *args: Any, backward: bool = False) -> Cost:
+        """Return the least work for these arguments (tensors of any device, meta tensors included).
+
+        Forward: every input read and every output written once. Backward: inputs and output gradients
+        read, gradients of all floating-point inputs written.
+        """
+        inputs = [a for a in args if isinstance(a, Tensor)]
+        on_meta = [a.to("meta") if isinstance(a, Tensor) else a for a in args]
+        outputs = _as_tuple(self.reference(*on_meta))
+        moved = _bytes(inputs) + _bytes(outputs)
+        if backward:
+            moved += _bytes([a for a in inputs if a.is_floating_point()])
+        return Cost(moved, self._flops(*args)[int(backward)])
+
+
+def operator(name: str) -> Operator:
+    """Return the registered operator of this name; raises KeyError naming those that exist."""
+    if name not in _OPERATORS:
+        raise KeyError(f"no operator {name!r}; there are {', '.join(sorted(_OPERATORS))}")
+    return _OPERATORS[name]
+
+
+def operator_table() -> list[tuple[str, tuple[str, ...]]]:
+    """Return (operator, backends it can run on) for every operator, by name."""
+    return [(name, _OPERATORS[name].backends) for name in sorted(_OPERATORS)]
+
+
+def check_shapes(operator_name: str, **tensors: tuple[Tensor | None, str]) -> dict[str, int]:
+    """Check tensors against patterns such as ``"N F V T"`` that share their sizes, and return the sizes.
+
+    A digit in a pattern stands for itself; a tensor that is None is skipped. Raises ValueError with the
+    shape that was got and the one that was expected.
+    """
+    sizes: dict[str, int] = {}
+    for name, (tensor, pattern) in tensors.items():
+        if tensor is None:
+            continue
+        axes = pattern.split()
+        expected = [int(axis) if axis.isdigit() else sizes.get(axis) for axis in axes]
+        fits = len(axes) == tensor.dim() and all(
+            want is None or want == got for want, got in zip(expected, tensor.shape)
+        )
+        if not fits:
+            known = [axis if want is None else str(want) for axis, want in zip(axes, expected)]
+            raise ValueError(
+                f"{operator_name}: {name} has shape {tuple(tensor.shape)}, "
+                f"expected ({', '.join(axes)}) = ({', '.join(known)})"
+            )
+        sizes.update({axis: size for axis, size in zip(axes, tensor.shape) if not axis.isdigit()})
+    return sizes
+
+
+def check_mask(operator_name: str, mask: Tensor) -> None:
+    """Raise TypeError unless the mask is bool (a float mask would weight frames instead of selecting them)."""
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{operator_name}: mask has dtype {mask.dtype}, expected torch.bool (True on real frames)")
+
+
+def _register(name: str, reference: Callable[..., Any], statistics: int) -> Any:
+    """Make ``torch.ops.trgnet.NAME`` from the reference: opaque to autograd, recomputed in backward."""
+    op = torch.library.custom_op(f"trgnet::{name}", _without_aliases(reference), mutates_args=(),
+                                 schema=torch.library.infer_schema(reference, mutates_args=()))
+    op.register_fake(reference)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*[a for a in inputs if isinstance(a, Tensor)])
+        ctx.rest = [None if isinstance(a, Tensor) else (a,) for a in inputs]
+        ctx.autocast = _autocast_state(inputs)
+        if statistics:
+            ctx.mark_non_differentiable(*output[-statistics:])
+
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = iter(ctx.saved_tensors)
+        args = [next(tensors) if other is None else other[0] for other in ctx.rest]
+        with ctx.autocast():
+            return _recomputed_gradients(reference, args, ctx.needs_input_grad, grad_outputs)
+
+    op.register_autograd(backward, setup_context=setup_context)
+    return op
+
+
+def _recomputed_gradients(
+    reference: Callable[..., Any], args: Sequence[Any], needed: Sequence[bool], grad_outputs: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    with torch.enable_grad():
+        leaves = [a.detach().requires_grad_(need) if isinstance(a, Tensor) else a
+                  for a, need in zip(args, needed)]
+        outputs = _as_tuple(reference(*leaves))
+    pairs = [(out, grad) for out, grad in zip(outputs, grad_outputs) if out.requires_grad]
+    wanted = [leaf for leaf, need in zip(leaves, needed) if need]
+    gradients = iter(torch.autograd.grad(
+        [out for out, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True,
+        materialize_grads=True))
+    return tuple(next(gradients) if need else None for need in needed)
+
+
+def _autocast_state(inputs: Sequence[Any]) -> Callable[[], Any]:
+    """Remember the autocast region of the forward pass: backward runs outside of it."""
+    device = next(a.device.type for a in inputs if isinstance(a, Tensor))
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return nullcontext
+    dtype = torch.get_autocast_dtype(device)
+    return lambda: torch.autocast(device, dtype=dtype)
+
+
+def _without_aliases(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """A custom op may not return its own input, which a reference may (dropout of probability 0)."""
+
+    def fresh(*args: Any) -> Any:
+        storages = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
+        outputs = reference(*args)
+        copied = tuple(o.clone() if o.untyped_storage().data_ptr() in storages else o
+                       for o in _as_tuple(outputs))
+        return copied if isinstance(outputs, tuple) else copied[0]
+
+    return fresh
+
+
+def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,140 @@
+"""Arguments for every operator, and the same functions written straight from the formulas, for the tests."""
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def lengths_mask(n: int, t: int) -> Tensor:
+    """(n, 1, t): the first sequence is full, each further one is a third shorter than the last."""
+    lengths = [max(1, round(t * (2 / 3) ** i)) for i in range(n)]
+    return torch.arange(t) < torch.tensor(lengths).view(n, 1, 1)
+
+
+def arguments(name: str, n: int = 2, t: int = 9, v: int = 5, f: int = 8, *, seed: int = 0) -> tuple:
+    """Float64 arguments of one operator as its ``Operator`` takes them; floating tensors require gradients."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    mask = lengths_mask(n, t)
+    masked = (random(n, f, t).detach() * mask).requires_grad_()
+    k, s, c = 4, 3, 3
+    seeds = torch.tensor([5, 2**40 + 7])
+    weights = [w for shape in ((f, f, 3), (f,), (2 * f, f), (2 * f,), *((f, f), (f,)) * 3) for w in [random(*shape)]]
+    labels = torch.randint(0, k, (n, t), generator=generator)
+    labels[0, : t // 4] = 255
+    similarity = torch.rand(n, t, generator=generator, dtype=torch.float64) * mask[:, 0]
+    similarity[:, 0] = 0
+    lengths = mask.sum((1, 2))
+    halves = [(i, start, length) for i, total in enumerate(lengths.tolist())
+              for start, length in ((0, total // 2), (total // 2, total - total // 2)) if length]
+    return {
+        "multiscale_graph_conv": lambda: (random(n, c, v, t), random(s, v, v), random(f, s * c), random(f)),
+        "dynamic_graph_conv": lambda: (random(n, f, v, t), random(n, v, t), random(n, v, t), random(n, f, v, v),
+                                       random(1)),
+        "masked_batch_norm": lambda: (random(n, f, v, t), mask, random(f), random(f), random(n, f, v, t), None, None,
+                                      1e-5),
+        "attention_layer": lambda: (masked, mask, random(n, f, t), *weights, seeds, 2, 2, 0.7, 0.05, 0.5),
+        "fusion_layer": lambda: (masked, random(n, f, t), mask, random(f, f), random(f), random(f, f), random(f),
+                                 seeds[0], 0.3),
+        "dilated_residual": lambda: (masked, mask, random(f, f, 3), random(f), random(f, f), random(f), seeds[1], 2,
+                                     0.5),
+        "class_loss": lambda: (random(n, k, t), labels, similarity, mask, torch.linspace(0.5, 1.5, k).double()),
+        "boundary_loss": lambda: (random(n, 1, t), (labels == 1).double(), mask, torch.tensor(7.0).double()),
+        "segment_mean": lambda: (random(n, f, t), *torch.tensor(halves).T.contiguous().unbind(0)),
+        "pairwise_distance": lambda: (random(n + 3, f),),
+    }[name]()
+
+
+def multiscale_graph_conv(x, hops, weight, bias):
+    h = torch.einsum("kvu,ncut->nkcvt", hops, x).flatten(1, 2)
+    return torch.einsum("oi,nivt->novt", weight, h) + bias.view(-1, 1, 1)
+
+
+def dynamic_graph_conv(x, p, q, graph, beta):
+    frame = beta * torch.tanh(p.unsqueeze(2) - q.unsqueeze(1))  # (N, U, V, T)
+    return torch.einsum("ncuvt,ncvt->ncut", frame.unsqueeze(1) + graph.unsqueeze(-1), x)
+
+
+def masked_batch_norm(x, mask, weight, bias, residual, mean, var, eps):
+    rows = x.movedim(1, -1)[mask.expand(-1, x.shape[2], -1)]  # (real frames x joints, F)
+    if mean is None:
+        mean, var = rows.mean(0), rows.var(0, unbiased=False)
+    y = (x - mean.view(-1, 1, 1)) / torch.sqrt(var + eps).view(-1, 1, 1) * weight.view(-1, 1, 1) + bias.view(-1, 1, 1)
+    y = y if residual is None else y + residual
+    return torch.relu(y) * mask.unsqueeze(1), mean.detach(), var.detach()
+
+
+def attention_layer(x, mask, source, conv_weight, conv_bias, wqk, bqk, wv, bv, wa, ba, wc, bc, seeds, dilation, heads,
+                    scale, attention_dropout, output_dropout):
+    """Sequence by sequence, head by head, on real frames only; dropout off."""
+    out = torch.zeros_like(x)
+    f = x.shape[1]
+    for i, length in enumerate(mask.sum((1, 2)).tolist()):
+        s = x[i, :, :length]
+        padded = functional.pad(s, (dilation, dilation))
+        o = torch.relu(sum(conv_weight[:, :, j] @ padded[:, j * dilation:j * dilation + length] for j in range(3))
+                       + conv_bias[:, None])
+        h = (o - o.mean(1, keepdim=True)) / torch.sqrt(o.var(1, keepdim=True, unbiased=False) + 1e-5)
+        query, key = (torch.sigmoid(wqk @ h + bqk[:, None])[:f], torch.sigmoid(wqk @ h + bqk[:, None])[f:])
+        value = wv @ (h if source is None else source[i, :, :length]) + bv[:, None]
+        parts = []
+        for part in torch.arange(f).chunk(heads):
+            similarity = query[part].T @ key[part]  # (T, T), the quadratic form of linear attention
+            normaliser = (query[part] * (key[part].sum(1, keepdim=True) + 1e-6)).sum(0)
+            parts.append(value[part] @ similarity.T / normaliser)
+        o = scale * (wa @ torch.cat(parts) + ba[:, None]) + o
+        out[i, :, :length] = s + wc @ o + bc[:, None]
+    return out
+
+
+def fusion_layer(x, spatial, mask, w1, b1, w2, b2, seed, p):
+    z = torch.einsum("of,nft->not", w1, x) + spatial + b1[:, None]
+    gelu = z * (1 + torch.erf(z / math.sqrt(2))) / 2
+    return (torch.einsum("of,nft->not", w2, gelu) + b2[:, None] + x) * mask
+
+
+def dilated_residual(x, mask, conv_weight, conv_bias, weight, bias, seed, dilation, p):
+    padded = functional.pad(x, (dilation, dilation))
+    conv = sum(torch.einsum("of,nft->not", conv_weight[:, :, j], padded[..., j * dilation:j * dilation + x.shape[2]])
+               for j in range(3))
+    return (x + torch.einsum("of,nft->not", weight, torch.relu(conv + conv_bias[:, None])) + bias[:, None]) * mask
+
+
+def class_loss(logits, labels, similarity, mask, class_weights):
+    weighted, weight, smooth = 0.0, 0.0, []
+    for i, length in enumerate(mask.sum((1, 2)).tolist()):
+        z = logits[i, :, :length]
+        for t in range(length):
+            label = int(labels[i, t])
+            if label != 255:
+                weighted = weighted - class_weights[label] * torch.log_softmax(z[:, t], 0)[label]
+                weight = weight + class_weights[label]
+        later, earlier = torch.log_softmax(z[:, 1:], 1), torch.log_softmax(z[:, :-1], 1)
+        loss = (later - earlier).square().clamp(max=16) * similarity[i, 1:length]
+        smooth.append(loss.mean() if length > 1 else logits.sum() * 0)
+    return weighted / weight, torch.stack(smooth).mean()
+
+
+def boundary_loss(logits, target, mask, pos_weight):
+    losses = []
+    for i, length in enumerate(mask.sum((1, 2)).tolist()):
+        p, y = torch.sigmoid(logits[i, 0, :length]), target[i, :length]
+        losses.append(-(pos_weight * y * p.log() + (1 - y) * (1 - p).log()).mean())
+    return torch.stack(losses).mean()
+
+
+def segment_mean(x, batch, start, length):
+    return torch.stack([x[b, :, s:s + n].mean(1) for b, s, n in zip(batch, start, length)])
+
+
+def pairwise_distance(f):
+    difference = f.unsqueeze(0) - f.unsqueeze(1)
+    # The square root has no gradient at 0; off the diagonal it is never reached here.
+    off = ~torch.eye(len(f), dtype=torch.bool)
+    return torch.zeros(len(f), len(f), dtype=f.dtype).masked_scatter(off, difference[off].norm(dim=1))
