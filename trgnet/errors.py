@@ -1,0 +1,32 @@
+"""Errors that the user of the program can mend, as opposed to faults of the program."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from zipfile import BadZipFile
+
+
+class UserError(ValueError):
+    """Something that was given is wrong; the message says what was got, what was expected and what to do.
+
+    The command line prints the message alone and ends with exit code 2. Every other exception is a fault of
+    the program and keeps its traceback.
+    """
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turn the errors of reading and validating `what` into a :class:`UserError` that names it.
+
+    Put it around code that looks at nothing but what the user gave: in there such errors are about the input.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, EOFError, OSError, BadZipFile, zlib.error) as error:
+        # str(KeyError("x")) is "'x'": its argument is the message.
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        raise UserError(f"{what}: {message}") from error
