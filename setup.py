@@ -1,8 +1,8 @@
 """Maps the three source folders onto one installed package; everything else is in pyproject.toml.
 
-    trgnet/      -> trgnet
-    kernels/     -> trgnet.kernels
-    optimizers/  -> trgnet.optimizers
+trgnet/      -> trgnet
+kernels/     -> trgnet.kernels
+optimizers/  -> trgnet.optimizers
 """
 
 from setuptools import find_packages, setup

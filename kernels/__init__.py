@@ -1,4 +1,5 @@
 """Operators of skeleton-based temporal action segmentation, each with a reference, its cost and its backends."""
+
 from __future__ import annotations
 
 from .attention_layer import attention_layer
@@ -16,9 +17,29 @@ from .pointwise import pointwise
 from .segment import pairwise_distance, segment_mean
 
 __all__ = [
-    "BACKENDS", "BackendError", "Cost", "IGNORE", "Operator", "attention_layer", "boundary_loss",
-    "channel_dropout", "class_loss", "current_backend", "dilated_residual", "dropout", "dynamic_graph_conv",
-    "frame_similarity", "fusion_layer", "masked_batch_norm", "moment_update", "moment_update_cost",
-    "multiscale_graph_conv", "operator", "operator_table", "pairwise_distance", "pointwise", "segment_mean",
+    "BACKENDS",
+    "IGNORE",
+    "BackendError",
+    "Cost",
+    "Operator",
+    "attention_layer",
+    "boundary_loss",
+    "channel_dropout",
+    "class_loss",
+    "current_backend",
+    "dilated_residual",
+    "dropout",
+    "dynamic_graph_conv",
+    "frame_similarity",
+    "fusion_layer",
+    "masked_batch_norm",
+    "moment_update",
+    "moment_update_cost",
+    "multiscale_graph_conv",
+    "operator",
+    "operator_table",
+    "pairwise_distance",
+    "pointwise",
+    "segment_mean",
     "use_backend",
 ]

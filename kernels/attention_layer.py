@@ -13,6 +13,7 @@ Shapes: x, source, out (N, F, T); mask (N, 1, T) bool; weights (F, F), query and
 convolution (F, F, 3).
 Source: arXiv 2503.15126 (linear attention with sigmoid feature map); restriction to real frames is ours.
 """
+
 from __future__ import annotations
 
 from typing import Optional
@@ -30,11 +31,25 @@ ATTENTION_EPS = 1e-6
 
 
 def _attention_layer_reference(
-    x: Tensor, mask: Tensor, source: Optional[Tensor],
-    conv_weight: Tensor, conv_bias: Tensor, query_key_weight: Tensor, query_key_bias: Tensor,
-    value_weight: Tensor, value_bias: Tensor, attention_weight: Tensor, attention_bias: Tensor,
-    output_weight: Tensor, output_bias: Tensor, seeds: Optional[Tensor],
-    dilation: int, heads: int, scale: float, attention_dropout: float, output_dropout: float,
+    x: Tensor,
+    mask: Tensor,
+    source: Optional[Tensor],
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    query_key_weight: Tensor,
+    query_key_bias: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    attention_weight: Tensor,
+    attention_bias: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    seeds: Optional[Tensor],
+    dilation: int,
+    heads: int,
+    scale: float,
+    attention_dropout: float,
+    output_dropout: float,
 ) -> Tensor:
     seed = (None, None) if seeds is None else (seeds[0], seeds[1])
     real = mask.to(x.dtype)
@@ -58,8 +73,8 @@ def _instance_norm(x: Tensor, real: Tensor) -> Tensor:
 def _linear_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     n, features, t = query.shape
     query, key, value = (a.reshape(n, heads, features // heads, t) for a in (query, key, value))
-    key_value = value @ key.transpose(2, 3)                                    # (N, heads, value, key)
-    normaliser = (key.sum(3) + ATTENTION_EPS).unsqueeze(2) @ query             # (N, heads, 1, T)
+    key_value = value @ key.transpose(2, 3)  # (N, heads, value, key)
+    normaliser = (key.sum(3) + ATTENTION_EPS).unsqueeze(2) @ query  # (N, heads, 1, T)
     return (key_value @ query / normaliser).reshape(n, features, t)
 
 
@@ -74,61 +89,98 @@ OPERATOR = Operator(_attention_layer_reference, _flops)
 
 
 def attention_layer(
-    x: Tensor, mask: Tensor, source: Tensor | None = None, *,
-    conv_weight: Tensor, conv_bias: Tensor, query_key_weight: Tensor, query_key_bias: Tensor,
-    value_weight: Tensor, value_bias: Tensor, attention_weight: Tensor, attention_bias: Tensor,
-    output_weight: Tensor, output_bias: Tensor, dilation: int = 1, heads: int = 4, scale: float = 1.0,
-    attention_dropout: float = 0.0, output_dropout: float = 0.0, seeds: Tensor | None = None,
+    x: Tensor,
+    mask: Tensor,
+    source: Tensor | None = None,
+    *,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    query_key_weight: Tensor,
+    query_key_bias: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    attention_weight: Tensor,
+    attention_bias: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    dilation: int = 1,
+    heads: int = 4,
+    scale: float = 1.0,
+    attention_dropout: float = 0.0,
+    output_dropout: float = 0.0,
+    seeds: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """One temporal attention layer, encoder form (``source`` None) or decoder form.
 
-    Parameters
-    ----------
-    x : Tensor (N, F, T)
-        Zero on padded frames.
-    mask : bool Tensor (N, 1, T)
-        True on real frames.
-    source : Tensor (N, F, T), optional
-        What the values are projected from (decoder form); the normalised features by default.
-    conv_weight, conv_bias : Tensor (F, F, 3), (F,)
-    query_key_weight, query_key_bias : Tensor (2F, F), (2F,)
-        Query rows first.
-    value_weight, attention_weight, output_weight : Tensor (F, F), with biases (F,)
-        Value projection, projection after the attention, projection before the outer residual.
-    dilation : int, default 1
-        Of the convolution, in frames.
-    heads : int, default 4
-        Divides F.
-    scale : float, default 1.0
-        Weight of the attention branch.
-    attention_dropout, output_dropout : float, default 0.0
-        Used when ``seeds`` is given.
-    seeds : int64 Tensor (2,), optional
-        Of the two dropouts; None switches both off.
-    backend : str, optional
-        See :mod:`trgnet.kernels.backend`.
+    Args:
+        x: Tensor (N, F, T). Zero on padded frames.
+        mask: bool Tensor (N, 1, T). True on real frames.
+        source: Tensor (N, F, T), optional. What the values are projected from (decoder form); the normalised
+            features by default.
+        conv_weight, conv_bias: Tensor (F, F, 3), (F,).
+        query_key_weight, query_key_bias: Tensor (2F, F), (2F,). Query rows first.
+        value_weight, attention_weight, output_weight: Tensor (F, F), with biases (F,). Value projection,
+            projection after the attention, projection before the outer residual.
+        dilation: int, default 1. Of the convolution, in frames.
+        heads: int, default 4. Divides F.
+        scale: float, default 1.0. Weight of the attention branch.
+        attention_dropout, output_dropout: float, default 0.0. Used when ``seeds`` is given.
+        seeds: int64 Tensor (2,), optional. Of the two dropouts; None switches both off.
+        backend: see :mod:`trgnet.kernels.backend`.
 
-    Returns
-    -------
-    Tensor (N, F, T), zero on padded frames
+    Returns:
+        Tensor (N, F, T), zero on padded frames.
 
-    Raises ValueError for shapes that do not fit together, TypeError for a mask that is not bool.
+    Raises:
+        ValueError: the shapes do not fit together.
+        TypeError: the mask is not bool.
     """
     name = "attention_layer"
     sizes = check_shapes(
-        name, x=(x, "N F T"), mask=(mask, "N 1 T"), source=(source, "N F T"),
-        conv_weight=(conv_weight, "F F 3"), conv_bias=(conv_bias, "F"),
-        query_key_weight=(query_key_weight, "2F F"), query_key_bias=(query_key_bias, "2F"),
-        value_weight=(value_weight, "F F"), value_bias=(value_bias, "F"),
-        attention_weight=(attention_weight, "F F"), attention_bias=(attention_bias, "F"),
-        output_weight=(output_weight, "F F"), output_bias=(output_bias, "F"), seeds=(seeds, "2"))
+        name,
+        x=(x, "N F T"),
+        mask=(mask, "N 1 T"),
+        source=(source, "N F T"),
+        conv_weight=(conv_weight, "F F 3"),
+        conv_bias=(conv_bias, "F"),
+        query_key_weight=(query_key_weight, "2F F"),
+        query_key_bias=(query_key_bias, "2F"),
+        value_weight=(value_weight, "F F"),
+        value_bias=(value_bias, "F"),
+        attention_weight=(attention_weight, "F F"),
+        attention_bias=(attention_bias, "F"),
+        output_weight=(output_weight, "F F"),
+        output_bias=(output_bias, "F"),
+        seeds=(seeds, "2"),
+    )
     check_mask(name, mask)
     check_probability(name, "attention_dropout", attention_dropout)
     check_probability(name, "output_dropout", output_dropout)
     if sizes["2F"] != 2 * sizes["F"] or sizes["F"] % heads or dilation < 1:
-        raise ValueError(f"{name}: expected 2F query and key rows, F divisible by heads and dilation >= 1, got "
-                         f"F={sizes['F']}, {sizes['2F']} query and key rows, heads={heads}, dilation={dilation}")
-    return OPERATOR(x, mask, source, conv_weight, conv_bias, query_key_weight, query_key_bias,
-                    value_weight, value_bias, attention_weight, attention_bias, output_weight, output_bias,
-                    seeds, dilation, heads, scale, attention_dropout, output_dropout, backend=backend)
+        raise ValueError(
+            f"{name}: expected 2F query and key rows, F divisible by heads and dilation >= 1, got "
+            f"F={sizes['F']}, {sizes['2F']} query and key rows, heads={heads}, dilation={dilation}"
+        )
+    return OPERATOR(
+        x,
+        mask,
+        source,
+        conv_weight,
+        conv_bias,
+        query_key_weight,
+        query_key_bias,
+        value_weight,
+        value_bias,
+        attention_weight,
+        attention_bias,
+        output_weight,
+        output_bias,
+        seeds,
+        dilation,
+        heads,
+        scale,
+        attention_dropout,
+        output_dropout,
+        backend=backend,
+    )

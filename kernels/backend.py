@@ -17,6 +17,7 @@ reference otherwise. A forced backend never falls back: where it cannot run, it 
 The choice is made, in this order, by the ``backend`` argument of the operator, by the innermost
 :func:`use_backend` block, by the environment variable ``TRGNET_BACKEND`` (read at import), by ``auto``.
 """
+
 from __future__ import annotations
 
 import os
@@ -42,7 +43,7 @@ _current = checked_backend(os.environ.get("TRGNET_BACKEND", "auto"), "environmen
 
 
 def current_backend() -> str:
-    """Return the backend in force here: ``auto``, ``reference``, ``recompute`` or ``triton``."""
+    """Return the backend in force here: one of :data:`BACKENDS`."""
     return _current
 
 
@@ -53,7 +54,10 @@ def use_backend(name: str) -> Iterator[None]:
     >>> with use_backend("recompute"):
     ...     loss = model_loss(batch)
 
-    Raises ValueError for an unknown name. The choice is global to the process, not to the thread.
+    The choice is global to the process, not to the thread.
+
+    Raises:
+        ValueError: an unknown name.
     """
     global _current
     previous, _current = _current, checked_backend(name, "use_backend")

@@ -10,6 +10,7 @@ implementation on any device can draw the same one.
 ``hash`` is the 32-bit finalizer "lowbias32" (C. Wellons, Prospecting for Hash Functions, 2018): shift-xor
 16, multiply 0x7feb352d, shift-xor 15, multiply 0x846ca68b, shift-xor 16.
 """
+
 from __future__ import annotations
 
 import torch

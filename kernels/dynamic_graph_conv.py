@@ -9,6 +9,7 @@ frames, forward and backward, and no (N, T, V, V) tensor is formed.
 Shapes: x (N, F, V, T), p and q (N, V, T), graph (N, F, V, V), beta (1,) -> z (N, F, V, T).
 Source: arXiv 2503.15126 (dynamic spatial modelling of DSFM); splitting it by what varies is ours.
 """
+
 from __future__ import annotations
 
 import torch
@@ -23,8 +24,9 @@ BLOCK_ELEMENTS = 1 << 20  # elements of the frame-level graph that exist at a ti
 def _dynamic_graph_conv_reference(x: Tensor, p: Tensor, q: Tensor, graph: Tensor, beta: Tensor) -> Tensor:
     n, _, v, t = x.shape
     frames = max(1, BLOCK_ELEMENTS // max(1, n * v * v))
-    blocks = [_frame_level(x[..., i:i + frames], p[..., i:i + frames], q[..., i:i + frames], beta)
-              for i in range(0, t, frames)]
+    # Counted in blocks, so that a compiled graph depends on their number and not on t.
+    slices = [slice(i * frames, (i + 1) * frames) for i in range(-(-t // frames))]
+    blocks = [_frame_level(x[..., s], p[..., s], q[..., s], beta) for s in slices]
     return graph @ x + torch.cat(blocks, dim=-1)
 
 
@@ -37,7 +39,7 @@ def _frame_level(x: Tensor, p: Tensor, q: Tensor, beta: Tensor) -> Tensor:
 
 def _frame_level_product(x: Tensor, p: Tensor, q: Tensor, beta: Tensor) -> Tensor:
     difference = p.transpose(1, 2).unsqueeze(3) - q.transpose(1, 2).unsqueeze(2)  # (N, T, V, V)
-    z = torch.tanh(difference) @ x.permute(0, 3, 2, 1)                            # (N, T, V, F)
+    z = torch.tanh(difference) @ x.permute(0, 3, 2, 1)  # (N, T, V, F)
     return (beta * z).permute(0, 3, 2, 1)
 
 
@@ -57,24 +59,25 @@ def dynamic_graph_conv(
 ) -> Tensor:
     """Gather over the joints with a graph per channel plus a tanh graph per frame.
 
-    Parameters
-    ----------
-    x : Tensor (N, F, V, T)
-    p, q : Tensor (N, V, T)
-        Frame-level relation of the receiving joint u (p) and the sending joint v (q).
-    graph : Tensor (N, F, V, V)
-        Graph that does not depend on the frame; last axis is the sending joint.
-    beta : Tensor (1,)
-        Scale of the frame-level graph.
-    backend : str, optional
-        See :mod:`trgnet.kernels.backend`.
+    Args:
+        x: Tensor (N, F, V, T).
+        p, q: Tensor (N, V, T). Frame-level relation of the receiving joint u (p) and the sending joint v (q).
+        graph: Tensor (N, F, V, V). Graph that does not depend on the frame; last axis is the sending joint.
+        beta: Tensor (1,). Scale of the frame-level graph.
+        backend: see :mod:`trgnet.kernels.backend`.
 
-    Returns
-    -------
-    Tensor (N, F, V, T)
+    Returns:
+        Tensor (N, F, V, T).
 
-    Raises ValueError for shapes that do not fit together.
+    Raises:
+        ValueError: the shapes do not fit together.
     """
-    check_shapes("dynamic_graph_conv", x=(x, "N F V T"), p=(p, "N V T"), q=(q, "N V T"),
-                 graph=(graph, "N F V V"), beta=(beta, "1"))
+    check_shapes(
+        "dynamic_graph_conv",
+        x=(x, "N F V T"),
+        p=(p, "N V T"),
+        q=(q, "N V T"),
+        graph=(graph, "N F V V"),
+        beta=(beta, "1"),
+    )
     return OPERATOR(x, p, q, graph, beta, backend=backend)

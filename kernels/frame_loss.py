@@ -16,6 +16,7 @@ and what its weights were trained with. A sequence of one frame has no pair and 
 Shapes: logits (N, K, T), labels (N, T), similarity (N, T), mask (N, 1, T) bool, x (N, C, V, T).
 Source: Y. Ishikawa et al., ASRF, arXiv 2007.06866 (Gaussian similarity-weighted truncated MSE).
 """
+
 from __future__ import annotations
 
 from typing import Optional
@@ -55,8 +56,9 @@ def _smoothness(logits: Tensor, similarity: Tensor, mask: Tensor) -> Tensor:
     # Where a sequence has no pair, every frame is let in: the result is finite and its similarities are 0.
     outside = ~paired & paired.any(2, keepdim=True)
     later, earlier = logits[..., 1:], logits[..., :-1]
-    drift = (later.masked_fill(outside, -torch.inf).logsumexp(2, keepdim=True)
-             - earlier.masked_fill(outside, -torch.inf).logsumexp(2, keepdim=True))
+    drift = later.masked_fill(outside, -torch.inf).logsumexp(2, keepdim=True) - earlier.masked_fill(
+        outside, -torch.inf
+    ).logsumexp(2, keepdim=True)
     squared = (later - earlier - drift).square().clamp(max=TRUNCATION)
     pairs = paired.sum((1, 2)).clamp(min=1)
     return ((squared.mean(1) * similarity[:, 1:].to(logits.dtype)).sum(1) / pairs).mean()
@@ -66,7 +68,8 @@ def _boundary_loss_reference(logits: Tensor, target: Tensor, mask: Tensor, pos_w
     real = mask.squeeze(1)
     wide = logits.squeeze(1) if logits.dtype == torch.float64 else logits.squeeze(1).float()
     loss = functional.binary_cross_entropy_with_logits(
-        wide, target.to(wide.dtype), pos_weight=pos_weight.to(wide.dtype), reduction="none")
+        wide, target.to(wide.dtype), pos_weight=pos_weight.to(wide.dtype), reduction="none"
+    )
     return (torch.where(real, loss, 0).sum(1) / real.sum(1).clamp(min=1)).mean()
 
 
@@ -96,32 +99,39 @@ BOUNDARY_LOSS = Operator(_boundary_loss_reference, _boundary_flops)
 
 
 def class_loss(
-    logits: Tensor, labels: Tensor, similarity: Tensor, mask: Tensor, class_weights: Tensor | None = None, *,
+    logits: Tensor,
+    labels: Tensor,
+    similarity: Tensor,
+    mask: Tensor,
+    class_weights: Tensor | None = None,
+    *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy and similarity-weighted smoothing loss of one stage's class logits.
 
-    Parameters
-    ----------
-    logits : Tensor (N, K, T)
-    labels : int64 Tensor (N, T)
-        Classes 0..K-1; 255 is ignored by the cross-entropy.
-    similarity : Tensor (N, T)
-        From :func:`frame_similarity`.
-    mask : bool Tensor (N, 1, T)
-        True on real frames.
-    class_weights : Tensor (K,), optional
-    backend : str, optional
-        See :mod:`trgnet.kernels.backend`.
+    Args:
+        logits: Tensor (N, K, T).
+        labels: int64 Tensor (N, T). Classes 0..K-1; 255 is ignored by the cross-entropy.
+        similarity: Tensor (N, T). From :func:`frame_similarity`.
+        mask: bool Tensor (N, 1, T). True on real frames.
+        class_weights: Tensor (K,), optional.
+        backend: see :mod:`trgnet.kernels.backend`.
 
-    Returns
-    -------
-    (cross_entropy, smoothness) : 0-dim tensors, float32 or wider
+    Returns:
+        (cross_entropy, smoothness): 0-dim tensors, float32 or wider.
 
-    Raises ValueError for shapes that do not fit together, TypeError for a mask that is not bool.
+    Raises:
+        ValueError: the shapes do not fit together.
+        TypeError: the mask is not bool.
     """
-    check_shapes("class_loss", logits=(logits, "N K T"), labels=(labels, "N T"), similarity=(similarity, "N T"),
-                 mask=(mask, "N 1 T"), class_weights=(class_weights, "K"))
+    check_shapes(
+        "class_loss",
+        logits=(logits, "N K T"),
+        labels=(labels, "N T"),
+        similarity=(similarity, "N T"),
+        mask=(mask, "N 1 T"),
+        class_weights=(class_weights, "K"),
+    )
     check_mask("class_loss", mask)
     return CLASS_LOSS(logits, labels, similarity, mask, class_weights, backend=backend)
 
@@ -131,25 +141,26 @@ def boundary_loss(
 ) -> Tensor:
     """Binary cross-entropy of boundary logits on real frames: mean per sequence, then over the batch.
 
-    Parameters
-    ----------
-    logits : Tensor (N, 1, T)
-    target : Tensor (N, T)
-        1 at each segment's first frame, else 0.
-    mask : bool Tensor (N, 1, T)
-        True on real frames.
-    pos_weight : Tensor ()
-        Weight of the boundary frames.
-    backend : str, optional
-        See :mod:`trgnet.kernels.backend`.
+    Args:
+        logits: Tensor (N, 1, T).
+        target: Tensor (N, T). 1 at each segment's first frame, else 0.
+        mask: bool Tensor (N, 1, T). True on real frames.
+        pos_weight: Tensor (). Weight of the boundary frames.
+        backend: see :mod:`trgnet.kernels.backend`.
 
-    Returns
-    -------
-    0-dim tensor, float32 or wider
+    Returns:
+        0-dim tensor, float32 or wider.
 
-    Raises ValueError for shapes that do not fit together, TypeError for a mask that is not bool.
+    Raises:
+        ValueError: the shapes do not fit together.
+        TypeError: the mask is not bool.
     """
-    check_shapes("boundary_loss", logits=(logits, "N 1 T"), target=(target, "N T"), mask=(mask, "N 1 T"),
-                 pos_weight=(pos_weight, ""))
+    check_shapes(
+        "boundary_loss",
+        logits=(logits, "N 1 T"),
+        target=(target, "N T"),
+        mask=(mask, "N 1 T"),
+        pos_weight=(pos_weight, ""),
+    )
     check_mask("boundary_loss", mask)
     return BOUNDARY_LOSS(logits, target, mask, pos_weight, backend=backend)

@@ -8,6 +8,7 @@ in evaluation they are the running statistics. Padded frames count nowhere and c
 Shapes: x, residual, out (N, F, V, T); mask (N, 1, T) bool; weight, bias, mean, var (F,).
 Source: S. Ioffe, C. Szegedy, arXiv 1502.03167; the restriction to real frames is ours.
 """
+
 from __future__ import annotations
 
 from typing import Optional
@@ -19,8 +20,14 @@ from .operator import Operator, check_mask, check_shapes
 
 
 def _masked_batch_norm_reference(
-    x: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, residual: Optional[Tensor],
-    mean: Optional[Tensor], var: Optional[Tensor], eps: float,
+    x: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Optional[Tensor],
+    mean: Optional[Tensor],
+    var: Optional[Tensor],
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     real = mask.unsqueeze(1).to(x.dtype)  # (N, 1, 1, T)
     if mean is None or var is None:
@@ -51,36 +58,47 @@ OPERATOR = Operator(_masked_batch_norm_reference, _flops, statistics=2)
 
 
 def masked_batch_norm(
-    x: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, *, residual: Tensor | None = None,
-    running: tuple[Tensor, Tensor] | None = None, eps: float = 1e-5, backend: str | None = None,
+    x: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    residual: Tensor | None = None,
+    running: tuple[Tensor, Tensor] | None = None,
+    eps: float = 1e-5,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise every channel over joints and real frames; add the residual; ReLU; mask.
 
-    Parameters
-    ----------
-    x : Tensor (N, F, V, T)
-    mask : bool Tensor (N, 1, T)
-        True on real frames.
-    weight, bias : Tensor (F,)
-    residual : Tensor (N, F, V, T), optional
-        Added before the ReLU.
-    running : (mean, var), each (F,), optional
-        Statistics to use (evaluation). By default those of the batch are computed (training).
-    eps : float, default 1e-5
-    backend : str, optional
-        See :mod:`trgnet.kernels.backend`.
+    Args:
+        x: Tensor (N, F, V, T).
+        mask: bool Tensor (N, 1, T). True on real frames.
+        weight, bias: Tensor (F,).
+        residual: Tensor (N, F, V, T), optional. Added before the ReLU.
+        running: (mean, var), each (F,), optional. Statistics to use (evaluation). By default those of the batch
+            are computed (training).
+        eps: float, default 1e-5.
+        backend: see :mod:`trgnet.kernels.backend`.
 
-    Returns
-    -------
-    out : Tensor (N, F, V, T)
-    mean, var : Tensor (F,)
-        The statistics used, without gradient; ``var`` is the biased one. For the caller's running averages.
+    Returns:
+        out: Tensor (N, F, V, T).
+        mean, var: Tensor (F,). The statistics used, without gradient; ``var`` is the biased one. For the caller's
+            running averages.
 
-    Raises ValueError for shapes that do not fit together, TypeError for a mask that is not bool.
+    Raises:
+        ValueError: the shapes do not fit together.
+        TypeError: the mask is not bool.
     """
-    check_shapes("masked_batch_norm", x=(x, "N F V T"), mask=(mask, "N 1 T"), weight=(weight, "F"),
-                 bias=(bias, "F"), residual=(residual, "N F V T"),
-                 mean=(running[0] if running else None, "F"), var=(running[1] if running else None, "F"))
+    check_shapes(
+        "masked_batch_norm",
+        x=(x, "N F V T"),
+        mask=(mask, "N 1 T"),
+        weight=(weight, "F"),
+        bias=(bias, "F"),
+        residual=(residual, "N F V T"),
+        mean=(running[0] if running else None, "F"),
+        var=(running[1] if running else None, "F"),
+    )
     check_mask("masked_batch_norm", mask)
     mean, var = running if running else (None, None)
     return OPERATOR(x, mask, weight, bias, residual, mean, var, eps, backend=backend)

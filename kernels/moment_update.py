@@ -14,6 +14,7 @@ number before the power is taken.
 
 Source: LCAM, arXiv 2309.02130; SMES, arXiv 2405.18498.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -25,9 +26,20 @@ from .operator import Cost
 
 
 def _moment_update_reference(
-    params: Sequence[Tensor], grads: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor],
-    lr: float, beta1: float, beta2: float, gain: float, correction1: float, correction2: float, alpha: float,
-    eps: float, weight_decay: float, decoupled: bool,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    gain: float,
+    correction1: float,
+    correction2: float,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
 ) -> None:
     for i, (p, g, m) in enumerate(zip(params, grads, first)):
         if decoupled:
@@ -47,14 +59,26 @@ def _power(v: Tensor, alpha: float) -> Tensor:
     return v.sqrt() if alpha == 0.5 else v.pow(alpha)
 
 
-_OP = torch.library.custom_op("trgnet::moment_update", _moment_update_reference,
-                              mutates_args=("params", "first", "second"))
+_OP = torch.library.custom_op(
+    "trgnet::moment_update", _moment_update_reference, mutates_args=("params", "first", "second")
+)
 
 
 def moment_update(
-    params: Sequence[Tensor], grads: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor] = (), *,
-    lr: float, beta1: float, beta2: float = 0.999, gain: float = 1.0, correction1: float = 1.0,
-    correction2: float = 1.0, alpha: float = 0.5, eps: float = 1e-8, weight_decay: float = 0.0,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    first: Sequence[Tensor],
+    second: Sequence[Tensor] = (),
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float = 0.999,
+    gain: float = 1.0,
+    correction1: float = 1.0,
+    correction2: float = 1.0,
+    alpha: float = 0.5,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
     decoupled: bool = False,
 ) -> None:
     """Update parameters and their moments in place; see the formula above.
@@ -71,11 +95,27 @@ def moment_update(
     """
     for name, tensors in (("grads", grads), ("first", first), *([("second", second)] if second else [])):
         if [t.shape for t in tensors] != [p.shape for p in params]:
-            raise ValueError(f"moment_update: {name} has the shapes {[tuple(t.shape) for t in tensors]}, expected those "
-                             f"of params, {[tuple(p.shape) for p in params]}")
+            raise ValueError(
+                f"moment_update: {name} has the shapes {[tuple(t.shape) for t in tensors]}, expected those "
+                f"of params, {[tuple(p.shape) for p in params]}"
+            )
     with torch.no_grad():
-        _OP(list(params), list(grads), list(first), list(second), lr, beta1, beta2, gain, correction1, correction2,
-            alpha, eps, weight_decay, decoupled)
+        _OP(
+            list(params),
+            list(grads),
+            list(first),
+            list(second),
+            lr,
+            beta1,
+            beta2,
+            gain,
+            correction1,
+            correction2,
+            alpha,
+            eps,
+            weight_decay,
+            decoupled,
+        )
 
 
 def moment_update_cost(params: Sequence[Tensor], with_second: bool) -> Cost:

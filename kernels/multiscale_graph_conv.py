@@ -11,6 +11,7 @@ and no (N, S*C, V, T) tensor is formed; the gradients of ``weight`` and ``hops``
 Shapes: x (N, C, V, T), hops (S, V, V), weight (F, S*C), bias (F,) -> y (N, F, V, T).
 Source: arXiv 2503.15126 (disentangled multi-scale graph); the folding is ours.
 """
+
 from __future__ import annotations
 
 import torch
@@ -44,25 +45,25 @@ def multiscale_graph_conv(
 ) -> Tensor:
     """Apply S hop matrices and a 1x1 convolution over (hop, channel) to a skeleton sequence.
 
-    Parameters
-    ----------
-    x : Tensor (N, C, V, T)
-    hops : Tensor (S, V, V)
-        Row v of hop k weights the joints u that joint v gathers from.
-    weight, bias : Tensor (F, S*C), (F,)
-        1x1 convolution; input channels are hop-major, then channel.
-    backend : str, optional
-        See :mod:`trgnet.kernels.backend`.
+    Args:
+        x: Tensor (N, C, V, T).
+        hops: Tensor (S, V, V). Row v of hop k weights the joints u that joint v gathers from.
+        weight, bias: Tensor (F, S*C), (F,). 1x1 convolution; input channels are hop-major, then channel.
+        backend: see :mod:`trgnet.kernels.backend`.
 
-    Returns
-    -------
-    Tensor (N, F, V, T)
+    Returns:
+        Tensor (N, F, V, T).
 
-    Raises ValueError for shapes that do not fit together.
+    Raises:
+        ValueError: the shapes do not fit together.
     """
     name = "multiscale_graph_conv"
-    sizes = check_shapes(name, x=(x, "N C V T"), hops=(hops, "S V V"), weight=(weight, "F SC"), bias=(bias, "F"))
+    sizes = check_shapes(
+        name, x=(x, "N C V T"), hops=(hops, "S V V"), weight=(weight, "F SC"), bias=(bias, "F")
+    )
     if sizes["SC"] != sizes["S"] * sizes["C"]:
-        raise ValueError(f"{name}: weight has {sizes['SC']} input channels, expected S*C = "
-                         f"{sizes['S']}*{sizes['C']} = {sizes['S'] * sizes['C']} from hops and x")
+        raise ValueError(
+            f"{name}: weight has {sizes['SC']} input channels, expected S*C = "
+            f"{sizes['S']}*{sizes['C']} = {sizes['S'] * sizes['C']} from hops and x"
+        )
     return OPERATOR(x, hops, weight, bias, backend=backend)

@@ -4,6 +4,7 @@ An operator is one mathematical function with a plain reference, a count of its 
 ``torch.library`` op of the same name (``torch.ops.trgnet.NAME``) with a fake implementation and autograd.
 An operator's file reads: formula and shapes, reference, FLOPs, public function.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -30,18 +31,13 @@ class Cost:
 class Operator:
     """One differentiable function and its implementations.
 
-    Parameters
-    ----------
-    reference
-        Plain PyTorch function; its annotations give the op's schema, its name (less a leading underscore
-        and ``_reference``) the op's name. It returns a tensor or a tuple of tensors, runs on meta tensors,
-        and draws no random numbers of its own (dropout takes a seed, see :mod:`.dropout`).
-    flops
-        Called with the same arguments; returns (forward, backward) floating-point operations.
-    triton
-        The fused implementation with the signature of ``reference``; None where there is none.
-    statistics
-        How many of the outputs, the last ones, are by-products without a gradient.
+    Args:
+        reference: Plain PyTorch function; its annotations give the op's schema, its name (less a leading
+            underscore and ``_reference``) the op's name. It returns a tensor or a tuple of tensors, runs on meta
+            tensors, and draws no random numbers of its own (dropout takes a seed, see :mod:`.dropout`).
+        flops: Called with the same arguments; returns (forward, backward) floating-point operations.
+        triton: The fused implementation with the signature of ``reference``; None where there is none.
+        statistics: How many of the outputs, the last ones, are by-products without a gradient.
     """
 
     def __init__(
@@ -138,13 +134,19 @@ def check_shapes(operator_name: str, **tensors: tuple[Tensor | None, str]) -> di
 def check_mask(operator_name: str, mask: Tensor) -> None:
     """Raise TypeError unless the mask is bool (a float mask would weight frames instead of selecting them)."""
     if mask.dtype != torch.bool:
-        raise TypeError(f"{operator_name}: mask has dtype {mask.dtype}, expected torch.bool (True on real frames)")
+        raise TypeError(
+            f"{operator_name}: mask has dtype {mask.dtype}, expected torch.bool (True on real frames)"
+        )
 
 
 def _register(name: str, reference: Callable[..., Any], statistics: int) -> Any:
     """Make ``torch.ops.trgnet.NAME`` from the reference: opaque to autograd, recomputed in backward."""
-    op = torch.library.custom_op(f"trgnet::{name}", _without_aliases(reference), mutates_args=(),
-                                 schema=torch.library.infer_schema(reference, mutates_args=()))
+    op = torch.library.custom_op(
+        f"trgnet::{name}",
+        _without_aliases(reference),
+        mutates_args=(),
+        schema=torch.library.infer_schema(reference, mutates_args=()),
+    )
     op.register_fake(reference)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -168,14 +170,21 @@ def _recomputed_gradients(
     reference: Callable[..., Any], args: Sequence[Any], needed: Sequence[bool], grad_outputs: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
     with torch.enable_grad():
-        leaves = [a.detach().requires_grad_(need) if isinstance(a, Tensor) else a
-                  for a, need in zip(args, needed)]
+        leaves = [
+            a.detach().requires_grad_(need) if isinstance(a, Tensor) else a for a, need in zip(args, needed)
+        ]
         outputs = _as_tuple(reference(*leaves))
     pairs = [(out, grad) for out, grad in zip(outputs, grad_outputs) if out.requires_grad]
     wanted = [leaf for leaf, need in zip(leaves, needed) if need]
-    gradients = iter(torch.autograd.grad(
-        [out for out, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True,
-        materialize_grads=True))
+    gradients = iter(
+        torch.autograd.grad(
+            [out for out, _ in pairs],
+            wanted,
+            [grad for _, grad in pairs],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    )
     return tuple(next(gradients) if need else None for need in needed)
 
 
@@ -194,8 +203,9 @@ def _without_aliases(reference: Callable[..., Any]) -> Callable[..., Any]:
     def fresh(*args: Any) -> Any:
         storages = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
         outputs = reference(*args)
-        copied = tuple(o.clone() if o.untyped_storage().data_ptr() in storages else o
-                       for o in _as_tuple(outputs))
+        copied = tuple(
+            o.clone() if o.untyped_storage().data_ptr() in storages else o for o in _as_tuple(outputs)
+        )
         return copied if isinstance(outputs, tuple) else copied[0]
 
     return fresh

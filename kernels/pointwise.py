@@ -1,4 +1,5 @@
 """1x1 convolution, the building block of the references."""
+
 from __future__ import annotations
 
 import torch

@@ -7,6 +7,7 @@ Shapes: x (N, F, T); batch, start, length (S,) int64, ordered by (batch, start),
 f (S, D) -> distance (S, S). A segment mean commutes with a 1x1 convolution, so a wide head is applied to S
 rows instead of N*T frames.
 """
+
 from __future__ import annotations
 
 import torch
@@ -51,20 +52,18 @@ def segment_mean(
 ) -> Tensor:
     """Mean of the frames of every segment.
 
-    Parameters
-    ----------
-    x : Tensor (N, F, T)
-    batch, start, length : int64 Tensor (S,)
-        Sequence, first frame and number of frames (>= 1) of each segment; ordered by (batch, start) and
-        disjoint. Values are not checked: that would wait for the device.
-    backend : str, optional
-        See :mod:`trgnet.kernels.backend`.
+    Args:
+        x: Tensor (N, F, T).
+        batch, start, length: int64 Tensor (S,). Sequence, first frame and number of frames (>= 1) of each
+            segment; ordered by (batch, start) and disjoint. Values are not checked: that would wait for the
+            device.
+        backend: see :mod:`trgnet.kernels.backend`.
 
-    Returns
-    -------
-    Tensor (S, F)
+    Returns:
+        Tensor (S, F).
 
-    Raises ValueError for shapes that do not fit together.
+    Raises:
+        ValueError: the shapes do not fit together.
     """
     check_shapes("segment_mean", x=(x, "N F T"), batch=(batch, "S"), start=(start, "S"), length=(length, "S"))
     if len(start) == 0:

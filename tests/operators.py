@@ -1,4 +1,5 @@
 """Arguments for every operator, and the same functions written straight from the formulas, for the tests."""
+
 from __future__ import annotations
 
 import math
@@ -25,26 +26,69 @@ def arguments(name: str, n: int = 2, t: int = 9, v: int = 5, f: int = 8, *, seed
     masked = (random(n, f, t).detach() * mask).requires_grad_()
     k, s, c = 4, 3, 3
     seeds = torch.tensor([5, 2**40 + 7])
-    weights = [w for shape in ((f, f, 3), (f,), (2 * f, f), (2 * f,), *((f, f), (f,)) * 3) for w in [random(*shape)]]
+    weights = [
+        w for shape in ((f, f, 3), (f,), (2 * f, f), (2 * f,), *((f, f), (f,)) * 3) for w in [random(*shape)]
+    ]
     labels = torch.randint(0, k, (n, t), generator=generator)
     labels[0, : t // 4] = 255
     similarity = torch.rand(n, t, generator=generator, dtype=torch.float64) * mask[:, 0]
     similarity[:, 0] = 0
     lengths = mask.sum((1, 2))
-    halves = [(i, start, length) for i, total in enumerate(lengths.tolist())
-              for start, length in ((0, total // 2), (total // 2, total - total // 2)) if length]
+    halves = [
+        (i, start, length)
+        for i, total in enumerate(lengths.tolist())
+        for start, length in ((0, total // 2), (total // 2, total - total // 2))
+        if length
+    ]
     return {
         "multiscale_graph_conv": lambda: (random(n, c, v, t), random(s, v, v), random(f, s * c), random(f)),
-        "dynamic_graph_conv": lambda: (random(n, f, v, t), random(n, v, t), random(n, v, t), random(n, f, v, v),
-                                       random(1)),
-        "masked_batch_norm": lambda: (random(n, f, v, t), mask, random(f), random(f), random(n, f, v, t), None, None,
-                                      1e-5),
+        "dynamic_graph_conv": lambda: (
+            random(n, f, v, t),
+            random(n, v, t),
+            random(n, v, t),
+            random(n, f, v, v),
+            random(1),
+        ),
+        "masked_batch_norm": lambda: (
+            random(n, f, v, t),
+            mask,
+            random(f),
+            random(f),
+            random(n, f, v, t),
+            None,
+            None,
+            1e-5,
+        ),
         "attention_layer": lambda: (masked, mask, random(n, f, t), *weights, seeds, 2, 2, 0.7, 0.05, 0.5),
-        "fusion_layer": lambda: (masked, random(n, f, t), mask, random(f, f), random(f), random(f, f), random(f),
-                                 seeds[0], 0.3),
-        "dilated_residual": lambda: (masked, mask, random(f, f, 3), random(f), random(f, f), random(f), seeds[1], 2,
-                                     0.5),
-        "class_loss": lambda: (random(n, k, t), labels, similarity, mask, torch.linspace(0.5, 1.5, k).double()),
+        "fusion_layer": lambda: (
+            masked,
+            random(n, f, t),
+            mask,
+            random(f, f),
+            random(f),
+            random(f, f),
+            random(f),
+            seeds[0],
+            0.3,
+        ),
+        "dilated_residual": lambda: (
+            masked,
+            mask,
+            random(f, f, 3),
+            random(f),
+            random(f, f),
+            random(f),
+            seeds[1],
+            2,
+            0.5,
+        ),
+        "class_loss": lambda: (
+            random(n, k, t),
+            labels,
+            similarity,
+            mask,
+            torch.linspace(0.5, 1.5, k).double(),
+        ),
         "boundary_loss": lambda: (random(n, 1, t), (labels == 1).double(), mask, torch.tensor(7.0).double()),
         "segment_mean": lambda: (random(n, f, t), *torch.tensor(halves).T.contiguous().unbind(0)),
         "pairwise_distance": lambda: (random(n + 3, f),),
@@ -65,21 +109,44 @@ def masked_batch_norm(x, mask, weight, bias, residual, mean, var, eps):
     rows = x.movedim(1, -1)[mask.expand(-1, x.shape[2], -1)]  # (real frames x joints, F)
     if mean is None:
         mean, var = rows.mean(0), rows.var(0, unbiased=False)
-    y = (x - mean.view(-1, 1, 1)) / torch.sqrt(var + eps).view(-1, 1, 1) * weight.view(-1, 1, 1) + bias.view(-1, 1, 1)
+    y = (x - mean.view(-1, 1, 1)) / torch.sqrt(var + eps).view(-1, 1, 1) * weight.view(-1, 1, 1) + bias.view(
+        -1, 1, 1
+    )
     y = y if residual is None else y + residual
     return torch.relu(y) * mask.unsqueeze(1), mean.detach(), var.detach()
 
 
-def attention_layer(x, mask, source, conv_weight, conv_bias, wqk, bqk, wv, bv, wa, ba, wc, bc, seeds, dilation, heads,
-                    scale, attention_dropout, output_dropout):
+def attention_layer(
+    x,
+    mask,
+    source,
+    conv_weight,
+    conv_bias,
+    wqk,
+    bqk,
+    wv,
+    bv,
+    wa,
+    ba,
+    wc,
+    bc,
+    seeds,
+    dilation,
+    heads,
+    scale,
+    attention_dropout,
+    output_dropout,
+):
     """Sequence by sequence, head by head, on real frames only; dropout off."""
     out = torch.zeros_like(x)
     f = x.shape[1]
     for i, length in enumerate(mask.sum((1, 2)).tolist()):
         s = x[i, :, :length]
         padded = functional.pad(s, (dilation, dilation))
-        o = torch.relu(sum(conv_weight[:, :, j] @ padded[:, j * dilation:j * dilation + length] for j in range(3))
-                       + conv_bias[:, None])
+        o = torch.relu(
+            sum(conv_weight[:, :, j] @ padded[:, j * dilation : j * dilation + length] for j in range(3))
+            + conv_bias[:, None]
+        )
         h = (o - o.mean(1, keepdim=True)) / torch.sqrt(o.var(1, keepdim=True, unbiased=False) + 1e-5)
         query, key = (torch.sigmoid(wqk @ h + bqk[:, None])[:f], torch.sigmoid(wqk @ h + bqk[:, None])[f:])
         value = wv @ (h if source is None else source[i, :, :length]) + bv[:, None]
@@ -101,9 +168,15 @@ def fusion_layer(x, spatial, mask, w1, b1, w2, b2, seed, p):
 
 def dilated_residual(x, mask, conv_weight, conv_bias, weight, bias, seed, dilation, p):
     padded = functional.pad(x, (dilation, dilation))
-    conv = sum(torch.einsum("of,nft->not", conv_weight[:, :, j], padded[..., j * dilation:j * dilation + x.shape[2]])
-               for j in range(3))
-    return (x + torch.einsum("of,nft->not", weight, torch.relu(conv + conv_bias[:, None])) + bias[:, None]) * mask
+    conv = sum(
+        torch.einsum(
+            "of,nft->not", conv_weight[:, :, j], padded[..., j * dilation : j * dilation + x.shape[2]]
+        )
+        for j in range(3)
+    )
+    return (
+        x + torch.einsum("of,nft->not", weight, torch.relu(conv + conv_bias[:, None])) + bias[:, None]
+    ) * mask
 
 
 def class_loss(logits, labels, similarity, mask, class_weights):
@@ -130,7 +203,7 @@ def boundary_loss(logits, target, mask, pos_weight):
 
 
 def segment_mean(x, batch, start, length):
-    return torch.stack([x[b, :, s:s + n].mean(1) for b, s, n in zip(batch, start, length)])
+    return torch.stack([x[b, :, s : s + n].mean(1) for b, s, n in zip(batch, start, length)])
 
 
 def pairwise_distance(f):

@@ -3,6 +3,7 @@
 Nothing is padded and every dropout is 0. ``NAME.json`` holds the sizes and the published state_dict's names and
 shapes, ``NAME.npz`` the results.
 """
+
 from __future__ import annotations
 
 import json
@@ -38,8 +39,13 @@ class Case:
     def model(self) -> TRGNet:
         """The network with the case's weights, in float64."""
         skeleton = SKELETONS[DATASET_SKELETONS[self.info["dataset"]]]
-        model = TRGNet(self.info["C"], self.info["n_classes"], skeleton.adjacency(), self.info["embedding_dim"],
-                       **NO_DROPOUT).double()
+        model = TRGNet(
+            self.info["C"],
+            self.info["n_classes"],
+            skeleton.adjacency(),
+            self.info["embedding_dim"],
+            **NO_DROPOUT,
+        ).double()
         model.load_state_dict(from_published(self.state, model))
         return model
 
@@ -58,13 +64,17 @@ def load_case(name: str) -> Case:
     with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
         truth = dict(file)
     rng = np.random.Generator(np.random.PCG64(info["seed"]))
-    state = {key: _weight(key, rng.standard_normal(shape))
-             for key, shape in sorted(info["state_dict_shapes"].items())}
+    state = {
+        key: _weight(key, rng.standard_normal(shape))
+        for key, shape in sorted(info["state_dict_shapes"].items())
+    }
     rng = np.random.Generator(np.random.PCG64(info["seed"] + 1))
     n, c, v, t = (info[axis] for axis in "NCVT")
     x = 0.1 * rng.standard_normal((n, c, v, t))
     labels = [_labels(rng, t, info["n_classes"]) for _ in range(n)]
-    batch = collate([Recording(f"r{i}", x[i].astype(np.float32), labels[i]) for i in range(n)], pad_multiple=1)
+    batch = collate(
+        [Recording(f"r{i}", x[i].astype(np.float32), labels[i]) for i in range(n)], pad_multiple=1
+    )
     batch = replace(batch, x=torch.from_numpy(x))
     joints, actions = (torch.from_numpy(rng.standard_normal((m, 768))) for m in (v, info["n_classes"]))
     return Case(info, truth, state, batch, relation_graph(joints), actions)
@@ -94,6 +104,6 @@ def _labels(rng: np.random.Generator, frames: int, classes: int) -> np.ndarray:
         length, label = int(rng.integers(4, 17)), int(rng.integers(0, classes))
         while label == previous:
             label = int(rng.integers(0, classes))
-        labels[position:position + length] = label
+        labels[position : position + length] = label
         position, previous = position + length, label
     return labels

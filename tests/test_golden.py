@@ -1,12 +1,13 @@
 """The network, its losses and its training reproduce the published code's float64 numbers."""
+
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
 from published_case import CASES, load_case
-
 from trgnet.kernels import use_backend
+
 from trgnet.published import to_published
 
 
@@ -43,7 +44,10 @@ def test_training_outputs_losses_and_every_gradient(name: str, every_backend: No
 
     terms = case.loss()(output, case.batch)
     class_total = terms["cross_entropy"] + terms["smoothness"]
-    got = [class_total, *(terms[key] for key in ("cross_entropy", "boundary", "absolute", "relative", "total"))]
+    got = [
+        class_total,
+        *(terms[key] for key in ("cross_entropy", "boundary", "absolute", "relative", "total")),
+    ]
     close(torch.stack(got), case.truth["losses"])
 
     terms["total"].backward()
@@ -65,7 +69,9 @@ def test_four_adam_steps(name: str):
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-4)
     trajectory = []
     for _ in range(4):
-        total = loss(model(case.batch.x, case.batch.mask, case.joint_graph, case.batch.segments), case.batch)["total"]
+        total = loss(model(case.batch.x, case.batch.mask, case.joint_graph, case.batch.segments), case.batch)[
+            "total"
+        ]
         optimizer.zero_grad()
         total.backward()
         optimizer.step()

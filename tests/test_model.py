@@ -1,34 +1,45 @@
 """Properties of the network and its losses that hold for any data."""
+
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
+from operators import lengths_mask
 from published_case import NO_DROPOUT
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from trgnet.kernels import BackendError, use_backend
 
 from trgnet import TRGLoss, TRGNet
-from trgnet.data import Dataset, collate, synthetic_dataset
-from trgnet.kernels import BackendError, use_backend
+from trgnet.data import Dataset, Segments, collate, synthetic_dataset
 from trgnet.losses import absolute_loss, relative_loss
+from trgnet.model import MaskedBatchNorm
 
 SMALL = {"features": 16, "layers": 4, "refine_layers": 3}
 
 
 @pytest.fixture(scope="module")
 def dataset() -> Dataset:
-    data = synthetic_dataset(recordings=4, frames=61, joints=7, channels=4, classes=5, seed=3, embedding_dim=12)
+    data = synthetic_dataset(
+        recordings=4, frames=61, joints=7, channels=4, classes=5, seed=3, embedding_dim=12
+    )
     # Sequences of different lengths, down to a few frames.
-    from dataclasses import replace
-    short = tuple(replace(r, features=np.ascontiguousarray(r.features[..., :n]), labels=r.labels[:n])
-                  for r, n in zip(data.recordings, (61, 40, 17, 5), strict=True))
+    short = tuple(
+        replace(r, features=np.ascontiguousarray(r.features[..., :n]), labels=r.labels[:n])
+        for r, n in zip(data.recordings, (61, 40, 17, 5), strict=True)
+    )
     return replace(data, recordings=short)
 
 
 def build(dataset: Dataset, dtype: torch.dtype = torch.float64, **options: object) -> TRGNet:
     torch.manual_seed(0)
-    model = TRGNet(4, len(dataset.classes), dataset.skeleton.adjacency(), dataset.text.dim, **(SMALL | options))
+    model = TRGNet(
+        4, len(dataset.classes), dataset.skeleton.adjacency(), dataset.text.dim, **(SMALL | options)
+    )
     with torch.no_grad():  # the initial zeros would switch the text graph's adaptation off
         model.spatial.alpha.fill_(0.5)
         model.spatial.beta.fill_(0.5)
@@ -59,8 +70,11 @@ def step(model: TRGNet, dataset: Dataset, batch) -> tuple[list[Tensor], dict[str
 def test_padding_changes_nothing_in_training(dataset: Dataset, dropout: bool):
     options = {} if dropout else NO_DROPOUT
     tight = step(build(dataset, **options), dataset, batch_of(dataset, pad_multiple=1))
-    for batch in (batch_of(dataset, pad_multiple=64), batch_of(dataset, pad_multiple=1, pad_to=203, garbage=1e3),
-                  batch_of(dataset, pad_multiple=16, garbage=float("nan"))):
+    for batch in (
+        batch_of(dataset, pad_multiple=64),
+        batch_of(dataset, pad_multiple=1, pad_to=203, garbage=1e3),
+        batch_of(dataset, pad_multiple=16, garbage=float("nan")),
+    ):
         padded = step(build(dataset, **options), dataset, batch)
         for ours, truth in zip(padded[0] + padded[2], tight[0] + tight[2], strict=True):
             torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-10)
@@ -78,7 +92,6 @@ def test_running_statistics_ignore_padding(dataset: Dataset):
 
 
 def test_batch_norm_tracks_what_torch_tracks():
-    from trgnet.model import MaskedBatchNorm
     x = torch.randn(3, 6, 5, 8, dtype=torch.float64)
     ours, truth = MaskedBatchNorm(6).double(), torch.nn.BatchNorm2d(6).double()
     for _ in range(3):
@@ -97,7 +110,7 @@ def test_a_sequence_does_not_depend_on_its_batch_in_evaluation(dataset: Dataset)
         for i in range(4):
             batch = batch_of(dataset, (i,), pad_multiple=1)
             for alone, joint in zip(model(batch.x, batch.mask, graph), together):
-                torch.testing.assert_close(joint[i, :, :batch.lengths[0]], alone[0], rtol=1e-10, atol=1e-11)
+                torch.testing.assert_close(joint[i, :, : batch.lengths[0]], alone[0], rtol=1e-10, atol=1e-11)
 
 
 def test_backends_agree_on_a_training_step(dataset: Dataset):
@@ -123,9 +136,11 @@ def test_bitwise_repeatable(dataset: Dataset):
 
 
 def test_one_frame_and_one_segment(dataset: Dataset):
-    from dataclasses import replace
-    one = replace(dataset.recordings[0], features=dataset.recordings[0].features[..., :1].copy(),
-                  labels=dataset.recordings[0].labels[:1])
+    one = replace(
+        dataset.recordings[0],
+        features=dataset.recordings[0].features[..., :1].copy(),
+        labels=dataset.recordings[0].labels[:1],
+    )
     batch = collate([one], pad_multiple=4)
     batch.x, batch.boundaries = batch.x.double(), batch.boundaries.double()
     outputs, terms, gradients = step(build(dataset, **NO_DROPOUT), dataset, batch)
@@ -136,8 +151,7 @@ def test_one_frame_and_one_segment(dataset: Dataset):
 def test_no_segments_at_all(dataset: Dataset):
     batch = batch_of(dataset)
     batch.labels = torch.full_like(batch.labels, 255)
-    batch.segments = type(batch.segments)(*[s[:0] for s in (batch.segments.batch, batch.segments.start,
-                                                             batch.segments.length, batch.segments.label)])
+    batch.segments = Segments(*torch.zeros(4, 0, dtype=torch.int64))
     _, terms, gradients = step(build(dataset, **NO_DROPOUT), dataset, batch)
     assert terms["cross_entropy"] == terms["absolute"] == terms["relative"] == 0
     assert all(torch.isfinite(g).all() for g in gradients)
@@ -156,19 +170,23 @@ def test_text_losses_against_their_definition():
     e = embeddings[labels]
     logits = scale * (f / f.norm(dim=1, keepdim=True)) @ (e / e.norm(dim=1, keepdim=True)).T
     same = (labels[:, None] == labels[None]).double()
-    torch.testing.assert_close(absolute_loss(f, labels, embeddings, scale),
-                               (divergence(same, logits) + divergence(same, logits.T)) / 2)
+    torch.testing.assert_close(
+        absolute_loss(f, labels, embeddings, scale),
+        (divergence(same, logits) + divergence(same, logits.T)) / 2,
+    )
     d = (f[:, None] - f[None]).norm(dim=2)
-    torch.testing.assert_close(relative_loss(f, labels, graph),
-                               divergence(graph[labels][:, labels], 1 - (d - d.min()) / (d.max() - d.min())))
+    torch.testing.assert_close(
+        relative_loss(f, labels, graph),
+        divergence(graph[labels][:, labels], 1 - (d - d.min()) / (d.max() - d.min())),
+    )
     equal = torch.ones(4, 9, dtype=torch.float64, requires_grad=True)
     loss = relative_loss(equal, labels[:4], graph)
     loss.backward()
     assert loss == 0 and torch.isfinite(equal.grad).all()
 
 
-class NamesOfTensors(TorchDispatchMode):
-    """Collects the shapes of all tensors that operations return."""
+class TensorSizes(TorchDispatchMode):
+    """Collects the numbers of elements of all tensors that operations return."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -183,23 +201,51 @@ class NamesOfTensors(TorchDispatchMode):
 def test_memory_of_a_step_is_bounded_by_the_feature_map(dataset: Dataset):
     """No (N, 13C, V, T), no (N, T, V, V) and no (N, D, T) tensor exists at any time, forward or backward."""
     n, c, v, t, f, d = 1, 6, 30, 4096, 8, 768
-    from trgnet.data import Segments
     adjacency = np.zeros((v, v), np.float32)
     adjacency[np.arange(1, v), np.arange(v - 1)] = adjacency[np.arange(v - 1), np.arange(1, v)] = 1
     model = TRGNet(c, 3, adjacency, d, features=f, layers=1, refine_layers=1)
     x, mask = torch.randn(n, c, v, t), torch.ones(n, 1, t, dtype=torch.bool)
     segments = Segments(*torch.tensor([[0, 0], [0, 100], [100, t - 100], [0, 1]]))
-    with NamesOfTensors() as tensors:
+    with TensorSizes() as tensors:
         output = model(x, mask, torch.rand(v, v), segments)
-        sum(o.sum() for o in (*output.class_logits, *output.boundary_logits, output.segment_features)).backward()
+        sum(
+            o.sum() for o in (*output.class_logits, *output.boundary_logits, output.segment_features)
+        ).backward()
     feature_map = n * (f + 2) * v * t  # x3 with its two relation rows
-    assert max(tensors.elements) <= max(feature_map, 1 << 20) < min(n * 13 * c * v * t, n * t * v * v, n * d * t)
+    assert (
+        max(tensors.elements) <= max(feature_map, 1 << 20) < min(n * 13 * c * v * t, n * t * v * v, n * d * t)
+    )
+
+
+@pytest.mark.parametrize("backend", ["reference", "recompute"])
+def test_compiles_to_one_graph_for_any_length(dataset: Dataset, backend: str):
+    """The first length compiles, the second makes the length dynamic, no further one compiles."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    model = build(
+        dataset, **NO_DROPOUT, layers=1, refine_layers=1, action_stages=1, boundary_stages=1
+    ).train()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    graph = dataset.text.joint_graph().double()
+    with use_backend(backend):
+        for t in (20, 31, 48, 17):
+            x, mask = torch.randn(2, 4, 7, t).double(), lengths_mask(2, t)
+            got, expected = (f(x, mask, graph).class_logits[-1] for f in (compiled, model))
+            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-11)
+            got.sum().backward()
+    assert counter.frame_count <= 2
 
 
 def test_wrong_inputs_are_explained(dataset: Dataset):
     model = build(dataset)
-    with pytest.raises(ValueError, match=r"x has shape \(1, 4, 6, 8\), expected .* C = 4 channels and V = 7 joints"):
-        model(torch.zeros(1, 4, 6, 8).double(), torch.ones(1, 1, 8, dtype=torch.bool), torch.zeros(7, 7).double())
+    with pytest.raises(
+        ValueError, match=r"x has shape \(1, 4, 6, 8\), expected .* C = 4 channels and V = 7 joints"
+    ):
+        model(
+            torch.zeros(1, 4, 6, 8).double(),
+            torch.ones(1, 1, 8, dtype=torch.bool),
+            torch.zeros(7, 7).double(),
+        )
     with pytest.raises(ValueError, match="features is 18, expected a multiple of heads = 4"):
         build(dataset, features=18)
     with pytest.raises(ValueError, match="refine_layers is 0, expected at least 1"):

@@ -1,17 +1,19 @@
 """The optimizer step on moments against torch.optim, its scaling law and its edges."""
+
 from __future__ import annotations
 
 import math
 
 import pytest
 import torch
-
 from trgnet.kernels import moment_update, moment_update_cost
 
 
 def random_tensors(seed: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3, 4), (5,), (), (0, 2))]
+    return [
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((3, 4), (5,), (), (0, 2))
+    ]
 
 
 def run(steps: int = 5, scale: float = 1.0, second: bool = True, **options: float) -> list[torch.Tensor]:
@@ -20,7 +22,9 @@ def run(steps: int = 5, scale: float = 1.0, second: bool = True, **options: floa
     moments = [torch.zeros_like(p) for p in params] if second else []
     for t in range(1, steps + 1):
         adam = {"gain": 0.1, "correction1": 1 - 0.9**t, "correction2": 1 - 0.999**t} if second else {}
-        moment_update(params, [scale * g for g in random_tensors(t)], first, moments, beta1=0.9, **adam, **options)
+        moment_update(
+            params, [scale * g for g in random_tensors(t)], first, moments, beta1=0.9, **adam, **options
+        )
     return params
 
 
@@ -34,12 +38,22 @@ def torch_run(optimizer_class: type, steps: int = 5, **options: object) -> list[
     return [p.detach() for p in params]
 
 
-@pytest.mark.parametrize("got, expected", [
-    (dict(lr=0.01), (torch.optim.Adam, dict(lr=0.01))),
-    (dict(lr=0.01, weight_decay=0.1), (torch.optim.Adam, dict(lr=0.01, weight_decay=0.1))),
-    (dict(lr=0.01, weight_decay=0.1, decoupled=True), (torch.optim.AdamW, dict(lr=0.01, weight_decay=0.1))),
-    (dict(lr=0.01, weight_decay=0.1, second=False), (torch.optim.SGD, dict(lr=0.01, momentum=0.9, weight_decay=0.1))),
-], ids=["adam", "adam-l2", "adamw", "sgd"])
+@pytest.mark.parametrize(
+    "got, expected",
+    [
+        (dict(lr=0.01), (torch.optim.Adam, dict(lr=0.01))),
+        (dict(lr=0.01, weight_decay=0.1), (torch.optim.Adam, dict(lr=0.01, weight_decay=0.1))),
+        (
+            dict(lr=0.01, weight_decay=0.1, decoupled=True),
+            (torch.optim.AdamW, dict(lr=0.01, weight_decay=0.1)),
+        ),
+        (
+            dict(lr=0.01, weight_decay=0.1, second=False),
+            (torch.optim.SGD, dict(lr=0.01, momentum=0.9, weight_decay=0.1)),
+        ),
+    ],
+    ids=["adam", "adam-l2", "adamw", "sgd"],
+)
 def test_special_cases_are_torchs_optimizers(got: dict, expected: tuple):
     for ours, truth in zip(run(**got), torch_run(expected[0], **expected[1]), strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-14)
@@ -66,7 +80,9 @@ def test_gradients_stay_and_shapes_are_checked():
     p, g = torch.ones(3), torch.full((3,), 2.0)
     moment_update([p], [g], [torch.zeros(3)], lr=0.5, beta1=0.9, weight_decay=1.0)
     assert p.tolist() == [-0.5] * 3 and g.tolist() == [2.0] * 3
-    with pytest.raises(ValueError, match=r"first has the shapes \[\(2,\)\], expected those of params, \[\(3,\)\]"):
+    with pytest.raises(
+        ValueError, match=r"first has the shapes \[\(2,\)\], expected those of params, \[\(3,\)\]"
+    ):
         moment_update([p], [g], [torch.zeros(2)], lr=0.5, beta1=0.9)
 
 
@@ -78,6 +94,20 @@ def test_cost_counts_every_tensor_once():
 
 def test_opcheck():
     params, first, second = ([t.clone() for t in random_tensors(i)] for i in range(3))
-    args = (params, random_tensors(3), first, [s.abs() for s in second], 0.1, 0.9, 0.99, 0.1, 1.0, 1.0, math.pi / 4,
-            1e-8, 0.0, False)
+    args = (
+        params,
+        random_tensors(3),
+        first,
+        [s.abs() for s in second],
+        0.1,
+        0.9,
+        0.99,
+        0.1,
+        1.0,
+        1.0,
+        math.pi / 4,
+        1e-8,
+        0.0,
+        False,
+    )
     torch.library.opcheck(torch.ops.trgnet.moment_update.default, args)

@@ -1,4 +1,5 @@
 """Weights in the published format, in both directions."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -14,8 +15,10 @@ from trgnet.skeleton import PKU, SKELETONS
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    state = {name: tensor if tensor.dtype == torch.int64 else tensor.float()
-             for name, tensor in load_case("pku").state.items()}
+    state = {
+        name: tensor if tensor.dtype == torch.int64 else tensor.float()
+        for name, tensor in load_case("pku").state.items()
+    }
     torch.save(state, tmp_path / "published.pt")
     return tmp_path / "published.pt"
 
@@ -33,7 +36,9 @@ def test_round_trip_is_exact_and_complete(checkpoint: Path, tmp_path: Path):
 
 def test_wrapped_and_prefixed_states_are_accepted(checkpoint: Path, tmp_path: Path):
     state = torch.load(checkpoint, weights_only=True)
-    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, tmp_path / "wrapped.pt")
+    torch.save(
+        {"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, tmp_path / "wrapped.pt"
+    )
     one, two = load_published(checkpoint, PKU), load_published(tmp_path / "wrapped.pt", "PKU-view")
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
 
@@ -66,18 +71,30 @@ def test_size_of_the_published_configuration(tmp_path: Path):
     model = TRGNet(12, 52, SKELETONS["pku"].adjacency())
     save_published(model, tmp_path / "new.pt")
     state = torch.load(tmp_path / "new.pt", weights_only=True)
-    parameters = [tensor for name, tensor in state.items()
-                  if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
+    parameters = [
+        tensor
+        for name, tensor in state.items()
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+    ]
     assert (len(parameters), sum(p.numel() for p in parameters)) == (436, 1_415_115)
     assert load_published(tmp_path / "new.pt", "PKU-subject").n_joints == 25
 
 
-@pytest.mark.parametrize("sizes", [{"layers": 3, "refine_layers": 2}, {"action_stages": 3, "boundary_stages": 1},
-                                   {"features": 32, "relations": 4, "hops": 5}], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"layers": 3, "refine_layers": 2},
+        {"action_stages": 3, "boundary_stages": 1},
+        {"features": 32, "relations": 4, "hops": 5},
+    ],
+    ids=str,
+)
 def test_other_configurations_keep_their_sizes(sizes: dict[str, int], tmp_path: Path):
     model = TRGNet(3, 4, SKELETONS["lara"].adjacency(), 16, **sizes)
     save_published(model, tmp_path / "other.pt")
     again = load_published(tmp_path / "other.pt", "LARA")
-    assert {name: p.shape for name, p in again.named_parameters()} == {name: p.shape for name, p in model.named_parameters()}
+    assert {name: p.shape for name, p in again.named_parameters()} == {
+        name: p.shape for name, p in model.named_parameters()
+    }
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters()))
     assert len(to_published(model.state_dict())) == len(set(to_published(model.state_dict())))

@@ -15,7 +15,7 @@ from typing import Any
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that takes its place when the block ends without an error.
 
-    Whatever happens inside the block, `path` is either as it was or complete. Missing parent folders are made.
+    Whatever happens inside the block, `path` is either as it was or complete. Parent folders are made.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,17 +7,18 @@
 (contrastive, both directions); ``relative`` makes the distances between segment features follow the
 text-derived action graph.
 """
+
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from trgnet.kernels import boundary_loss, class_loss, frame_similarity, pairwise_distance
+from trgnet.kernels import boundary_loss, class_loss, frame_similarity
 
 from .data.batch import Batch
 from .model import Output
-from .text import TextPrior
+from .text import TextPrior, relation_graph
 
 SHARPNESS = 10.0  # of the target distributions: softmax(10 * similarity)
 
@@ -25,23 +26,25 @@ SHARPNESS = 10.0  # of the target distributions: softmax(10 * similarity)
 class TRGLoss(nn.Module):
     """Weighted sum of the frame, boundary and text losses.
 
-    Parameters
-    ----------
-    text : TextPrior
-        Embeddings of joints and actions.
-    pos_weight : float
-        Weight of the boundary frames: 1 / (share of boundary frames in the training set).
-    class_weights : Tensor (K,), optional
-        Of the cross-entropy.
-    boundary, absolute, relative : float, default 0.1, 0.8, 1.0
-        Weights of the terms.
+    Args:
+        text: TextPrior. Embeddings of joints and actions.
+        pos_weight: float. Weight of the boundary frames: 1 / (share of boundary frames in the training set).
+        class_weights: Tensor (K,), optional. Of the cross-entropy.
+        boundary, absolute, relative: float, default 0.1, 0.8, 1.0. Weights of the terms.
 
-    Raises ValueError where a weight is negative or ``pos_weight`` is not positive.
+    Raises:
+        ValueError: a weight is negative or ``pos_weight`` is not positive.
     """
 
     def __init__(
-        self, text: TextPrior, *, pos_weight: float, class_weights: Tensor | None = None,
-        boundary: float = 0.1, absolute: float = 0.8, relative: float = 1.0,
+        self,
+        text: TextPrior,
+        *,
+        pos_weight: float,
+        class_weights: Tensor | None = None,
+        boundary: float = 0.1,
+        absolute: float = 0.8,
+        relative: float = 1.0,
     ) -> None:
         super().__init__()
         self.weights = {"boundary": boundary, "absolute": absolute, "relative": relative}
@@ -56,10 +59,14 @@ class TRGLoss(nn.Module):
     def forward(self, output: Output, batch: Batch) -> dict[str, Tensor]:
         """Return every term, unweighted, and their weighted sum ``total``, as 0-dim tensors."""
         similarity = frame_similarity(batch.x, batch.mask)
-        stages = [class_loss(logits, batch.labels, similarity, batch.mask, self.class_weights)
-                  for logits in output.class_logits]
-        boundaries = [boundary_loss(logits, batch.boundaries, batch.mask, self.pos_weight)
-                      for logits in output.boundary_logits]
+        stages = [
+            class_loss(logits, batch.labels, similarity, batch.mask, self.class_weights)
+            for logits in output.class_logits
+        ]
+        boundaries = [
+            boundary_loss(logits, batch.boundaries, batch.mask, self.pos_weight)
+            for logits in output.boundary_logits
+        ]
         terms = {
             "cross_entropy": torch.stack([ce for ce, _ in stages]).mean(),
             "smoothness": torch.stack([smooth for _, smooth in stages]).mean(),
@@ -71,7 +78,9 @@ class TRGLoss(nn.Module):
 
     def _text_terms(self, output: Output, batch: Batch) -> dict[str, Tensor]:
         if output.segment_features is None:
-            raise ValueError("the network's output has no segment features: call model(x, mask, graph, segments)")
+            raise ValueError(
+                "the network's output has no segment features: call model(x, mask, graph, segments)"
+            )
         f, labels = output.segment_features, batch.segments.label
         f = f if f.dtype == torch.float64 else f.float()
         return {
@@ -83,15 +92,11 @@ class TRGLoss(nn.Module):
 def absolute_loss(f: Tensor, labels: Tensor, embeddings: Tensor, logit_scale: Tensor) -> Tensor:
     """Contrastive loss between segments and the text of their actions, averaged over both directions.
 
-    Parameters
-    ----------
-    f : Tensor (S, D)
-        Segment features.
-    labels : int64 Tensor (S,)
-    embeddings : Tensor (K, D)
-        Text embedding per class.
-    logit_scale : Tensor (1,)
-        Used as it is, not exponentiated.
+    Args:
+        f: Tensor (S, D). Segment features.
+        labels: int64 Tensor (S,).
+        embeddings: Tensor (K, D). Text embedding per class.
+        logit_scale: Tensor (1,). Used as it is, not exponentiated.
 
     Segments of one class share their target mass: target = softmax(10 * [same label]). Without segments the
     loss is 0.
@@ -107,27 +112,20 @@ def absolute_loss(f: Tensor, labels: Tensor, embeddings: Tensor, logit_scale: Te
 def relative_loss(f: Tensor, labels: Tensor, action_graph: Tensor) -> Tensor:
     """Divergence between the segments' graph of feature distances and the text-derived action graph.
 
-    Parameters
-    ----------
-    f : Tensor (S, D)
-        Segment features.
-    labels : int64 Tensor (S,)
-    action_graph : Tensor (K, K)
-        Text-derived relations of the classes.
+    Args:
+        f: Tensor (S, D). Segment features.
+        labels: int64 Tensor (S,).
+        action_graph: Tensor (K, K). Text-derived relations of the classes.
 
-    The segments' graph is 1 - minmax(distances); where all distances are equal (one segment, say) it is not
-    defined and the loss is 0.
+    The segments' graph is :func:`trgnet.text.relation_graph` of their features. Where all distances are equal
+    (one segment, say) it says nothing and the loss is 0.
     """
     if len(labels) == 0:
         return f.sum()
-    distance = pairwise_distance(f)
-    low, high = distance.min(), distance.max()
-    spread = high - low
-    defined = spread > 0
-    # Dividing by 1 where the graph is undefined keeps NaN out of the gradient as well.
-    graph = 1 - (distance - low) / torch.where(defined, spread, 1)
+    graph = relation_graph(f)
     target = action_graph.to(f.dtype)[labels.unsqueeze(1), labels.unsqueeze(0)]
-    return torch.where(defined, _divergence(graph, target), 0)
+    # The least entry is 0, or 1 where all distances are equal.
+    return torch.where(graph.min() < 1, _divergence(graph, target), 0)
 
 
 def _divergence(logits: Tensor, similarity: Tensor) -> Tensor:

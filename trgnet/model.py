@@ -7,6 +7,7 @@ the temporal half reads the spatial half's output without a transpose.
 Source: H. Ji et al., arXiv 2503.15126. Padded frames never influence a result: every reduction over time is
 over real frames only.
 """
+
 from __future__ import annotations
 
 import math
@@ -18,8 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from trgnet.kernels import (
-    attention_layer, channel_dropout, dilated_residual, dynamic_graph_conv, fusion_layer, masked_batch_norm,
-    multiscale_graph_conv, pointwise, segment_mean,
+    attention_layer,
+    channel_dropout,
+    dilated_residual,
+    dynamic_graph_conv,
+    fusion_layer,
+    masked_batch_norm,
+    multiscale_graph_conv,
+    pointwise,
+    segment_mean,
 )
 
 from .data.batch import Segments
@@ -66,7 +74,9 @@ class MaskedBatchNorm(nn.Module):
     def forward(self, x: Tensor, mask: Tensor, residual: Tensor | None = None) -> Tensor:
         """(N, F, V, T) -> (N, F, V, T), zero on padded frames."""
         running = None if self.training else (self.running_mean, self.running_var)
-        out, mean, var = masked_batch_norm(x, mask, self.weight, self.bias, residual=residual, running=running)
+        out, mean, var = masked_batch_norm(
+            x, mask, self.weight, self.bias, residual=residual, running=running
+        )
         if self.training:
             self._track(mean, var, mask.sum() * x.shape[2])
         return out
@@ -82,7 +92,9 @@ class MaskedBatchNorm(nn.Module):
 class SpatialModule(nn.Module):
     """Spatial half of DSFM: multi-scale graph convolution, then dynamic graph convolution on the text graph."""
 
-    def __init__(self, in_channels: int, adjacency: np.ndarray, features: int, relations: int, hops: int) -> None:
+    def __init__(
+        self, in_channels: int, adjacency: np.ndarray, features: int, relations: int, hops: int
+    ) -> None:
         super().__init__()
         joints = len(adjacency)
         self.register_buffer("hops", torch.from_numpy(hop_matrices(adjacency, hops)), persistent=False)
@@ -99,9 +111,13 @@ class SpatialModule(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor, joint_graph: Tensor) -> Tensor:
         """x (N, C, V, T), mask (N, 1, T), joint_graph (V, V) -> (N, F, V, T), zero on padded frames."""
-        y = multiscale_graph_conv(x, self.hops + self.hop_residual, self.multiscale.weight, self.multiscale.bias)
+        y = multiscale_graph_conv(
+            x, self.hops + self.hop_residual, self.multiscale.weight, self.multiscale.bias
+        )
         y = self.multiscale_norm(y, mask)
-        z = dynamic_graph_conv(*self._value_and_frame_relations(y), self._graph(y, mask, joint_graph), self.beta)
+        z = dynamic_graph_conv(
+            *self._value_and_frame_relations(y), self._graph(y, mask, joint_graph), self.beta
+        )
         return self.norm(z, mask, residual=y)
 
     def _value_and_frame_relations(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,7 +125,9 @@ class SpatialModule(nn.Module):
 
         The frame level uses the mean over the relation channels, and the mean of 1x1 convolutions is one row.
         """
-        weight = torch.cat([self.value.weight, self.receive.weight.mean(0, True), self.send.weight.mean(0, True)])
+        weight = torch.cat(
+            [self.value.weight, self.receive.weight.mean(0, True), self.send.weight.mean(0, True)]
+        )
         bias = torch.cat([self.value.bias, self.receive.bias.mean(0, True), self.send.bias.mean(0, True)])
         product = pointwise(y.flatten(2), weight, bias).unflatten(2, y.shape[2:])
         value, p, q = product.split([y.shape[1], 1, 1], dim=1)
@@ -121,7 +139,10 @@ class SpatialModule(nn.Module):
         mean = y.sum(3) / frames.unsqueeze(2)  # y is zero on padded frames
         p, q = self.receive(mean), self.send(mean)
         relation = torch.tanh(p.unsqueeze(3) - q.unsqueeze(2))
-        return self.alpha * self.channel_graph(relation.flatten(2)).unflatten(2, relation.shape[2:]) + 2 * joint_graph
+        return (
+            self.alpha * self.channel_graph(relation.flatten(2)).unflatten(2, relation.shape[2:])
+            + 2 * joint_graph
+        )
 
 
 class FusionLayer(nn.Module):
@@ -148,33 +169,60 @@ class FusionLayer(nn.Module):
 class AttentionLayer(nn.Module):
     """Temporal attention layer; see :func:`trgnet.kernels.attention_layer`."""
 
-    def __init__(self, features: int, dilation: int, heads: int, attention_dropout: float, output_dropout: float) -> None:
+    def __init__(
+        self, features: int, dilation: int, heads: int, attention_dropout: float, output_dropout: float
+    ) -> None:
         super().__init__()
-        self.options = {"dilation": dilation, "heads": heads, "attention_dropout": attention_dropout,
-                        "output_dropout": output_dropout}
+        self.options = {
+            "dilation": dilation,
+            "heads": heads,
+            "attention_dropout": attention_dropout,
+            "output_dropout": output_dropout,
+        }
         self.conv_weight, self.conv_bias = _conv_parameters(features, features, 3)
         self.query_key = Pointwise(features, 2 * features)
         self.value = Pointwise(features, features)
         self.attention = Pointwise(features, features)
         self.output = Pointwise(features, features)
 
-    def forward(self, x: Tensor, mask: Tensor, source: Tensor | None, scale: float, seeds: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor, source: Tensor | None, scale: float, seeds: Tensor | None
+    ) -> Tensor:
         """x, source (N, F, T), mask (N, 1, T), seeds (2,) -> (N, F, T)."""
         return attention_layer(
-            x, mask, source, conv_weight=self.conv_weight, conv_bias=self.conv_bias,
-            query_key_weight=self.query_key.weight, query_key_bias=self.query_key.bias,
-            value_weight=self.value.weight, value_bias=self.value.bias,
-            attention_weight=self.attention.weight, attention_bias=self.attention.bias,
-            output_weight=self.output.weight, output_bias=self.output.bias,
-            scale=scale, seeds=seeds, **self.options)
+            x,
+            mask,
+            source,
+            conv_weight=self.conv_weight,
+            conv_bias=self.conv_bias,
+            query_key_weight=self.query_key.weight,
+            query_key_bias=self.query_key.bias,
+            value_weight=self.value.weight,
+            value_bias=self.value.bias,
+            attention_weight=self.attention.weight,
+            attention_bias=self.attention.bias,
+            output_weight=self.output.weight,
+            output_bias=self.output.bias,
+            scale=scale,
+            seeds=seeds,
+            **self.options,
+        )
 
 
 class TemporalModule(nn.Module):
     """Temporal half of DSFM: attention layers of growing dilation, each but the first fused with a spatial group."""
 
     def __init__(
-        self, joints: int, features: int, layers: int, heads: int, channel_dropout: float, fusion_dropout: float,
-        attention_dropout: float, output_dropout: float, group_channels: int = 8,
+        self,
+        joints: int,
+        features: int,
+        layers: int,
+        heads: int,
+        channel_dropout: float,
+        fusion_dropout: float,
+        attention_dropout: float,
+        output_dropout: float,
+        group_channels: int = 8,
     ) -> None:
         super().__init__()
         self.group_channels = group_channels
@@ -183,7 +231,8 @@ class TemporalModule(nn.Module):
         self.seed = Pointwise(joints * group_channels, features)
         self.fusion = nn.ModuleList(FusionLayer(joints * group_channels, features) for _ in range(layers - 1))
         self.layers = nn.ModuleList(
-            AttentionLayer(features, 2**i, heads, attention_dropout, output_dropout) for i in range(layers))
+            AttentionLayer(features, 2**i, heads, attention_dropout, output_dropout) for i in range(layers)
+        )
         self.conv_out = Pointwise(features, features)
 
     def forward(self, x: Tensor, mask: Tensor, seeds: Iterator[Tensor | None]) -> Tensor:
@@ -197,8 +246,17 @@ class TemporalModule(nn.Module):
             if i > 0:
                 weight, _, bias = folded[i - 1]
                 project = self.fusion[i - 1].project
-                s = fusion_layer(s, projected[:, i - 1], mask, weight1=weight, bias1=bias, weight2=project.weight,
-                                 bias2=project.bias, p=self.fusion_dropout, seed=_single(next(seeds)))
+                s = fusion_layer(
+                    s,
+                    projected[:, i - 1],
+                    mask,
+                    weight1=weight,
+                    bias1=bias,
+                    weight2=project.weight,
+                    bias2=project.bias,
+                    p=self.fusion_dropout,
+                    seed=_single(next(seeds)),
+                )
             s = layer(s, mask, None, 1.0, next(seeds))
         return self.conv_out(s) * mask.to(s.dtype)
 
@@ -215,12 +273,19 @@ class ActionStage(nn.Module):
     """Refines class logits with decoder attention layers that read the previous stage's features."""
 
     def __init__(
-        self, n_classes: int, features: int, layers: int, heads: int, attention_dropout: float, output_dropout: float
+        self,
+        n_classes: int,
+        features: int,
+        layers: int,
+        heads: int,
+        attention_dropout: float,
+        output_dropout: float,
     ) -> None:
         super().__init__()
         self.conv_in = Pointwise(n_classes, features)
         self.layers = nn.ModuleList(
-            AttentionLayer(features, 2**i, heads, attention_dropout, output_dropout) for i in range(layers))
+            AttentionLayer(features, 2**i, heads, attention_dropout, output_dropout) for i in range(layers)
+        )
         self.conv_out = Pointwise(features, n_classes)
 
     def forward(
@@ -250,9 +315,16 @@ class BoundaryStage(nn.Module):
         s = self.conv_in(torch.sigmoid(logits)) * real
         for i, layer in enumerate(self.layers):
             s = dilated_residual(
-                s, mask, conv_weight=layer.conv_weight, conv_bias=layer.conv_bias,
-                output_weight=layer.output.weight, output_bias=layer.output.bias, dilation=2**i, p=self.dropout,
-                seed=_single(next(seeds)))
+                s,
+                mask,
+                conv_weight=layer.conv_weight,
+                conv_bias=layer.conv_bias,
+                output_weight=layer.output.weight,
+                output_bias=layer.output.bias,
+                dilation=2**i,
+                p=self.dropout,
+                seed=_single(next(seeds)),
+            )
         return self.conv_out(s) * real
 
 
@@ -268,55 +340,79 @@ class DilatedResidual(nn.Module):
 class TRGNet(nn.Module):
     """The segmentation network.
 
-    Parameters
-    ----------
-    in_channels : int
-        C, channels per joint.
-    n_classes : int
-        K.
-    adjacency : numpy array (V, V)
-        Symmetric 0/1 adjacency of the skeleton, without self loops.
-    embedding_dim : int, default 768
-        D, width of the text embeddings.
-    features, relations, hops : int, default 64, 8, 13
-        Width F, relation channels of the dynamic graph, scales of the multi-scale graph.
-    layers, refine_layers : int, default 10, 10
-        Attention layers of the encoder; layers of every refinement stage.
-    action_stages, boundary_stages : int, default 2, 3
-        Number of class and boundary predictions, the first one included.
-    heads : int, default 4
-        Attention heads; divides ``features``.
-    channel_dropout, fusion_dropout, attention_dropout, output_dropout : float, default 0.3, 0.3, 0.05, 0.5
+    Args:
+        in_channels: int. C, channels per joint.
+        n_classes: int. K.
+        adjacency: numpy array (V, V). Symmetric 0/1 adjacency of the skeleton, without self loops.
+        embedding_dim: int, default 768. D, width of the text embeddings.
+        features, relations, hops: int, default 64, 8, 13. Width F, relation channels of the dynamic graph, scales
+            of the multi-scale graph.
+        layers, refine_layers: int, default 10, 10. Attention layers of the encoder; layers of every refinement
+            stage.
+        action_stages, boundary_stages: int, default 2, 3. Number of class and boundary predictions, the first one
+            included.
+        heads: int, default 4. Attention heads; divides ``features``.
+        channel_dropout, fusion_dropout, attention_dropout, output_dropout: float, default 0.3, 0.3, 0.05, 0.5.
 
     Defaults are the published configuration (arXiv 2503.15126). Raises ValueError for sizes that do not fit.
     """
 
     def __init__(
-        self, in_channels: int, n_classes: int, adjacency: np.ndarray, embedding_dim: int = 768, *,
-        features: int = 64, relations: int = 8, hops: int = 13, layers: int = 10, refine_layers: int = 10,
-        action_stages: int = 2, boundary_stages: int = 3, heads: int = 4, channel_dropout: float = 0.3,
-        fusion_dropout: float = 0.3, attention_dropout: float = 0.05, output_dropout: float = 0.5,
+        self,
+        in_channels: int,
+        n_classes: int,
+        adjacency: np.ndarray,
+        embedding_dim: int = 768,
+        *,
+        features: int = 64,
+        relations: int = 8,
+        hops: int = 13,
+        layers: int = 10,
+        refine_layers: int = 10,
+        action_stages: int = 2,
+        boundary_stages: int = 3,
+        heads: int = 4,
+        channel_dropout: float = 0.3,
+        fusion_dropout: float = 0.3,
+        attention_dropout: float = 0.05,
+        output_dropout: float = 0.5,
     ) -> None:
         super().__init__()
         if features % heads:
             raise ValueError(f"features is {features}, expected a multiple of heads = {heads}")
-        counts = {"in_channels": in_channels, "n_classes": n_classes, "layers": layers,
-                  "refine_layers": refine_layers, "action_stages": action_stages, "boundary_stages": boundary_stages}
+        counts = {
+            "in_channels": in_channels,
+            "n_classes": n_classes,
+            "layers": layers,
+            "refine_layers": refine_layers,
+            "action_stages": action_stages,
+            "boundary_stages": boundary_stages,
+        }
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
         self.in_channels, self.n_joints = in_channels, len(adjacency)
         self.spatial = SpatialModule(in_channels, adjacency, features, relations, hops)
-        self.temporal = TemporalModule(len(adjacency), features, layers, heads, channel_dropout, fusion_dropout,
-                                       attention_dropout, output_dropout)
+        self.temporal = TemporalModule(
+            len(adjacency),
+            features,
+            layers,
+            heads,
+            channel_dropout,
+            fusion_dropout,
+            attention_dropout,
+            output_dropout,
+        )
         self.class_head = Pointwise(features, n_classes)
         self.boundary_head = Pointwise(features, 1)
         self.text_head = Pointwise(features, embedding_dim)
         self.action_stages = nn.ModuleList(
             ActionStage(n_classes, features, refine_layers, heads, attention_dropout, output_dropout)
-            for _ in range(action_stages - 1))
+            for _ in range(action_stages - 1)
+        )
         self.boundary_stages = nn.ModuleList(
-            BoundaryStage(features, refine_layers, output_dropout) for _ in range(boundary_stages - 1))
+            BoundaryStage(features, refine_layers, output_dropout) for _ in range(boundary_stages - 1)
+        )
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
         # Weights of a published checkpoint that no output reads, kept to be written back.
         self.unread_weights: dict[str, Tensor] = {}
@@ -328,27 +424,24 @@ class TRGNet(nn.Module):
     ) -> Output | tuple[Tensor, Tensor]:
         """Classify every frame of a batch of sequences.
 
-        Parameters
-        ----------
-        x : Tensor (N, C, V, T)
-            Joint channels. What padded frames hold does not matter.
-        mask : bool Tensor (N, 1, T)
-            True on real frames, which come first in every sequence.
-        joint_graph : Tensor (V, V)
-            Text-derived relations of the joints.
-        segments : Segments, optional
-            Ground-truth segments of the batch, for the text losses (training mode).
+        Args:
+            x: Tensor (N, C, V, T). Joint channels. What padded frames hold does not matter.
+            mask: bool Tensor (N, 1, T). True on real frames, which come first in every sequence.
+            joint_graph: Tensor (V, V). Text-derived relations of the joints.
+            segments: Segments, optional. Ground-truth segments of the batch, for the text losses (training mode).
 
-        Returns
-        -------
-        Output in training mode; (class logits (N, K, T), boundary logits (N, 1, T)) of the last stage in
-        evaluation mode.
+        Returns:
+            Output in training mode; (class logits (N, K, T), boundary logits (N, 1, T)) of the last stage in
+            evaluation mode.
 
-        Raises ValueError for an input whose channels or joints are not the network's.
+        Raises:
+            ValueError: an input whose channels or joints are not the network's.
         """
         if x.dim() != 4 or x.shape[1:3] != (self.in_channels, self.n_joints):
-            raise ValueError(f"x has shape {tuple(x.shape)}, expected (N, C, V, T) with C = {self.in_channels} "
-                             f"channels and V = {self.n_joints} joints")
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, expected (N, C, V, T) with C = {self.in_channels} "
+                f"channels and V = {self.n_joints} joints"
+            )
         x = x.masked_fill(~mask.unsqueeze(1), 0.0)
         seeds = self._seeds(x.device)
         feature = self.temporal(self.spatial(x, mask, joint_graph), mask, seeds)
@@ -356,23 +449,29 @@ class TRGNet(nn.Module):
         boundary_logits = self._boundary_stages(feature, mask, seeds)
         if not self.training:
             return class_logits[-1], boundary_logits[-1]
-        return Output(class_logits, boundary_logits, self._segment_features(feature, segments), self.logit_scale)
+        return Output(
+            class_logits, boundary_logits, self._segment_features(feature, segments), self.logit_scale
+        )
 
     def _seeds(self, device: torch.device) -> Iterator[Tensor | None]:
         """Dropout seeds of one forward pass from torch's generator, two per layer; None in evaluation."""
         if not self.training:
             return iter([None] * self._n_seeds)
-        drawn = torch.randint(-2**63, 2**63 - 1, (self._n_seeds, 2), device=device)
+        drawn = torch.randint(-(2**63), 2**63 - 1, (self._n_seeds, 2), device=device)
         return iter(drawn.unbind(0))
 
-    def _class_stages(self, feature: Tensor, mask: Tensor, seeds: Iterator[Tensor | None]) -> tuple[Tensor, ...]:
+    def _class_stages(
+        self, feature: Tensor, mask: Tensor, seeds: Iterator[Tensor | None]
+    ) -> tuple[Tensor, ...]:
         stages = [self.class_head(feature)]
         for i, stage in enumerate(self.action_stages):
             logits, feature = stage(stages[-1], feature, mask, math.exp(-3 * i), seeds)
             stages.append(logits)
         return tuple(stages)
 
-    def _boundary_stages(self, feature: Tensor, mask: Tensor, seeds: Iterator[Tensor | None]) -> tuple[Tensor, ...]:
+    def _boundary_stages(
+        self, feature: Tensor, mask: Tensor, seeds: Iterator[Tensor | None]
+    ) -> tuple[Tensor, ...]:
         stages = [self.boundary_head(feature)]
         for stage in self.boundary_stages:
             stages.append(stage(stages[-1], mask, seeds))

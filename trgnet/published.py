@@ -5,6 +5,7 @@ and shapes: query and key projections are stacked here, 1x1 kernels carry no tra
 residual is (S, V, V). The published network also owns ``conv_asb_feature.*`` heads that no output reads; they
 are kept aside and written back.
 """
+
 from __future__ import annotations
 
 import os
@@ -19,39 +20,48 @@ from .files import replacing
 from .model import TRGNet
 from .skeleton import SKELETONS, Skeleton
 
-DATASET_SKELETONS = {"PKU-subject": "pku", "PKU-view": "pku", "LARA": "lara", "MCFS-22": "mcfs",
-                     "MCFS-130": "mcfs", "TCG-15": "tcg"}
+DATASET_SKELETONS = {
+    "PKU-subject": "pku",
+    "PKU-view": "pku",
+    "LARA": "lara",
+    "MCFS-22": "mcfs",
+    "MCFS-130": "mcfs",
+    "TCG-15": "tcg",
+}
 
 # Our name -> published name; the first pattern that matches a part rewrites it, in this order.
-_RULES = [(re.compile(ours), published) for ours, published in (
-    (r"^spatial\.hop_residual$", "SP.A_res"),
-    (r"^spatial\.(alpha|beta)$", r"SP.\1"),
-    (r"^spatial\.multiscale\.", "SP.mlp.layers.0."),
-    (r"^spatial\.multiscale_norm\.", "SP.mlp.layers.1."),
-    (r"^spatial\.receive\.", "SP.CTRGCN.conv1."),
-    (r"^spatial\.send\.", "SP.CTRGCN.conv2."),
-    (r"^spatial\.value\.", "SP.CTRGCN.conv3."),
-    (r"^spatial\.channel_graph\.", "SP.CTRGCN.conv4."),
-    (r"^spatial\.norm\.", "SP.bn."),
-    (r"^temporal\.fusion\.", "STI.SFI_layers."),
-    (r"^temporal\.seed\.", "STI.conv_t."),
-    (r"^temporal\.", "STI."),
-    (r"^class_head\.", "conv_cls."),
-    (r"^boundary_head\.", "conv_bound."),
-    (r"^text_head\.", "conv_feature."),
-    (r"^(boundary_stages\.\d+\.layers\.\d+)\.conv_(weight|bias)$", r"\1.conv_dilated.\2"),
-    (r"^(boundary_stages\.\d+\.layers\.\d+)\.output\.", r"\1.conv_in."),
-    (r"^action_stages\.", "asb."),
-    (r"^boundary_stages\.", "brb."),
-    (r"\.spatial\.", ".conv_s."),
-    (r"\.mix\.", ".conv_fusion."),
-    (r"\.expand\.", ".ff.0."),
-    (r"\.project\.", ".ff.3."),
-    (r"(?<!brb)(\.layers\.\d+)\.conv_(weight|bias)$", r"\1.feed_forward.0.\2"),
-    (r"(\.layers\.\d+)\.value\.", r"\1.att_layer.value_projection."),
-    (r"(\.layers\.\d+)\.attention\.", r"\1.att_layer.out_projection."),
-    (r"(\.layers\.\d+)\.output\.", r"\1.conv_out."),
-)]
+_RULES = [
+    (re.compile(ours), published)
+    for ours, published in (
+        (r"^spatial\.hop_residual$", "SP.A_res"),
+        (r"^spatial\.(alpha|beta)$", r"SP.\1"),
+        (r"^spatial\.multiscale\.", "SP.mlp.layers.0."),
+        (r"^spatial\.multiscale_norm\.", "SP.mlp.layers.1."),
+        (r"^spatial\.receive\.", "SP.CTRGCN.conv1."),
+        (r"^spatial\.send\.", "SP.CTRGCN.conv2."),
+        (r"^spatial\.value\.", "SP.CTRGCN.conv3."),
+        (r"^spatial\.channel_graph\.", "SP.CTRGCN.conv4."),
+        (r"^spatial\.norm\.", "SP.bn."),
+        (r"^temporal\.fusion\.", "STI.SFI_layers."),
+        (r"^temporal\.seed\.", "STI.conv_t."),
+        (r"^temporal\.", "STI."),
+        (r"^class_head\.", "conv_cls."),
+        (r"^boundary_head\.", "conv_bound."),
+        (r"^text_head\.", "conv_feature."),
+        (r"^(boundary_stages\.\d+\.layers\.\d+)\.conv_(weight|bias)$", r"\1.conv_dilated.\2"),
+        (r"^(boundary_stages\.\d+\.layers\.\d+)\.output\.", r"\1.conv_in."),
+        (r"^action_stages\.", "asb."),
+        (r"^boundary_stages\.", "brb."),
+        (r"\.spatial\.", ".conv_s."),
+        (r"\.mix\.", ".conv_fusion."),
+        (r"\.expand\.", ".ff.0."),
+        (r"\.project\.", ".ff.3."),
+        (r"(?<!brb)(\.layers\.\d+)\.conv_(weight|bias)$", r"\1.feed_forward.0.\2"),
+        (r"(\.layers\.\d+)\.value\.", r"\1.att_layer.value_projection."),
+        (r"(\.layers\.\d+)\.attention\.", r"\1.att_layer.out_projection."),
+        (r"(\.layers\.\d+)\.output\.", r"\1.conv_out."),
+    )
+]
 _UNREAD = re.compile(r"^conv_asb_feature\.\d+\.(weight|bias)$")
 
 
@@ -83,32 +93,39 @@ def to_published(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_published(state: Mapping[str, Tensor], model: TRGNet) -> dict[str, Tensor]:
     """Return the published ``state`` under our names and shapes, as ``model.state_dict()`` has them.
 
-    Raises PublishedWeightsError that lists every missing, unexpected and misshapen tensor.
+    Raises:
+        PublishedWeightsError: lists every missing, unexpected and misshapen tensor.
     """
     expected = to_published(model.state_dict())
     faults = [f"missing: {name} {tuple(expected[name].shape)}" for name in expected if name not in state]
-    faults += [f"unexpected: {name} {tuple(state[name].shape)}" for name in state
-               if name not in expected and not _UNREAD.match(name)]
-    faults += [f"{name}: got shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
-               for name, tensor in expected.items() if name in state and state[name].shape != tensor.shape]
+    faults += [
+        f"unexpected: {name} {tuple(state[name].shape)}"
+        for name in state
+        if name not in expected and not _UNREAD.match(name)
+    ]
+    faults += [
+        f"{name}: got shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
     if faults:
         raise PublishedWeightsError("not a state_dict of this network:\n  " + "\n  ".join(faults))
-    return {ours: torch.cat([state[name] for name in published_names(ours)]).reshape(tensor.shape)
-            if tensor.dim() else state[published_names(ours)[0]].reshape(())
-            for ours, tensor in model.state_dict().items()}
+    return {
+        ours: torch.cat([state[name] for name in published_names(ours)]).reshape(tensor.shape)
+        if tensor.dim()
+        else state[published_names(ours)[0]].reshape(())
+        for ours, tensor in model.state_dict().items()
+    }
 
 
 def load_published(path: str | os.PathLike[str], dataset: str | Skeleton) -> TRGNet:
     """Read a published checkpoint into a network, in evaluation mode on the CPU.
 
-    Parameters
-    ----------
-    path : path
-        File written by ``torch.save(model.state_dict(), path)`` in the published code; a ``module.`` prefix
-        and an enclosing ``{"state_dict": ...}`` are accepted. Loaded with ``weights_only=True``.
-    dataset : str or Skeleton
-        PKU-subject, PKU-view, LARA, MCFS-22, MCFS-130, TCG-15, or the skeleton itself: the hop matrices
-        follow from it and are not in the file.
+    Args:
+        path: path. File written by ``torch.save(model.state_dict(), path)`` in the published code; a ``module.``
+            prefix and an enclosing ``{"state_dict": ...}`` are accepted. Loaded with ``weights_only=True``.
+        dataset: str or Skeleton. PKU-subject, PKU-view, LARA, MCFS-22, MCFS-130, TCG-15, or the skeleton itself:
+            the hop matrices follow from it and are not in the file.
 
     Sizes and numbers of layers are read off the tensors. Raises PublishedWeightsError for tensors that are
     missing, unexpected or of another shape, ValueError for an unknown dataset.
@@ -132,15 +149,19 @@ def save_published(model: TRGNet, path: str | os.PathLike[str]) -> None:
     for i in range(len(model.action_stages)):
         for name in ("weight", "bias"):
             zeros = torch.zeros_like(state[f"conv_feature.{name}"])
-            state.setdefault(f"conv_asb_feature.{i}.{name}", model.unread_weights.get(
-                f"conv_asb_feature.{i}.{name}", zeros))
+            state.setdefault(
+                f"conv_asb_feature.{i}.{name}",
+                model.unread_weights.get(f"conv_asb_feature.{i}.{name}", zeros),
+            )
     with replacing(Path(path)) as temporary:
         torch.save({name: tensor.detach().cpu().clone() for name, tensor in state.items()}, temporary)
 
 
 def _skeleton(dataset: str) -> Skeleton:
     if dataset not in DATASET_SKELETONS:
-        raise ValueError(f"dataset is {dataset!r}, expected one of {', '.join(DATASET_SKELETONS)} or a Skeleton")
+        raise ValueError(
+            f"dataset is {dataset!r}, expected one of {', '.join(DATASET_SKELETONS)} or a Skeleton"
+        )
     return SKELETONS[DATASET_SKELETONS[dataset]]
 
 
@@ -154,13 +175,23 @@ def _network_of(state: Mapping[str, Tensor], skeleton: Skeleton) -> TRGNet:
     except KeyError as error:
         raise PublishedWeightsError(f"not a published TRG-Net state_dict: it has no tensor {error}") from None
     if state["SP.A_res"].shape[1] != len(skeleton):
-        raise PublishedWeightsError(f"the file is for {state['SP.A_res'].shape[1]} joints, but the skeleton "
-                                    f"{skeleton.name!r} has {len(skeleton)}; choose the dataset it was trained on")
+        raise PublishedWeightsError(
+            f"the file is for {state['SP.A_res'].shape[1]} joints, but the skeleton "
+            f"{skeleton.name!r} has {len(skeleton)}; choose the dataset it was trained on"
+        )
     return TRGNet(
-        inputs // hops, classes, skeleton.adjacency(), embedding_dim, features=features, relations=relations,
-        hops=hops, layers=_count(state, r"STI\.layers\.(\d+)\."),
+        inputs // hops,
+        classes,
+        skeleton.adjacency(),
+        embedding_dim,
+        features=features,
+        relations=relations,
+        hops=hops,
+        layers=_count(state, r"STI\.layers\.(\d+)\."),
         refine_layers=_count(state, r"(?:asb|brb)\.\d+\.layers\.(\d+)\.") or 10,
-        action_stages=1 + _count(state, r"asb\.(\d+)\."), boundary_stages=1 + _count(state, r"brb\.(\d+)\."))
+        action_stages=1 + _count(state, r"asb\.(\d+)\."),
+        boundary_stages=1 + _count(state, r"brb\.(\d+)\."),
+    )
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:

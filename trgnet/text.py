@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trgnet.kernels import pairwise_distance
+
 from .files import replacing
 
 
-def relation_graph(embeddings: Tensor) -> Tensor:
+def relation_graph(embeddings: Tensor, *, backend: str | None = None) -> Tensor:
     """How close M embeddings are to each other, from 0 (the farthest pair) to 1 (equal).
 
     graph = 1 - minmax(pairwise Euclidean distance), with the extremes taken over all M * M entries, the
@@ -28,6 +30,7 @@ def relation_graph(embeddings: Tensor) -> Tensor:
 
     Args:
         embeddings: floating point (M, D), M >= 1.
+        backend: see :mod:`trgnet.kernels.backend`.
 
     Returns:
         (M, M), symmetric, of the same dtype and device; differentiable.
@@ -41,8 +44,7 @@ def relation_graph(embeddings: Tensor) -> Tensor:
             f"got {embeddings.dtype} {tuple(embeddings.shape)}"
         )
     precise = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
-    # The matrix product form of cdist is faster but leaves the diagonal above zero.
-    distance = torch.cdist(precise, precise, compute_mode="donot_use_mm_for_euclid_dist")
+    distance = pairwise_distance(precise, backend=backend)
     low, span = distance.min(), distance.max() - distance.min()
     scaled = (distance - low) / torch.where(span > 0, span, torch.ones_like(span))
     return (1 - scaled).to(embeddings.dtype)
@@ -93,7 +95,8 @@ class TextPrior:
 
 
 def _graph(embeddings: np.ndarray) -> Tensor:
-    return relation_graph(torch.from_numpy(embeddings.astype(np.float64))).float()
+    # Data rather than a part of the network: whatever backend is forced, it is made on the CPU in float64.
+    return relation_graph(torch.from_numpy(embeddings.astype(np.float64)), backend="reference").float()
 
 
 def read_prior(file: str | Path | IO[bytes], joints: Sequence[str], actions: Sequence[str]) -> TextPrior:

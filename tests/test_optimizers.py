@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import io
+import math
+
+import pytest
+import torch
+from trgnet.optimizers import OPTIMIZERS, SCHEDULES, build_optimizer, build_schedule
+
+
+def parameters() -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+        for shape in ((3, 5), (7,))
+    ]
+
+
+def step(
+    params: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, times: int = 3
+) -> list[torch.Tensor]:
+    for _ in range(times):
+        optimizer.zero_grad()
+        sum((p.sin() * p).sum() for p in params).backward()
+        optimizer.step()
+    return [p.detach().clone() for p in params]
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("adam", lambda p, wd: torch.optim.Adam(p, lr=0.1, betas=(0.8, 0.95), weight_decay=wd)),
+        ("adamw", lambda p, wd: torch.optim.AdamW(p, lr=0.1, betas=(0.8, 0.95), weight_decay=wd)),
+        ("sgd", lambda p, wd: torch.optim.SGD(p, lr=0.1, momentum=0.7, weight_decay=wd)),
+    ],
+)
+def test_optimizer_is_torchs_with_every_setting_passed_on(name, theirs, weight_decay):
+    ours_params, their_params = parameters(), parameters()
+    ours = build_optimizer(
+        ours_params, name=name, lr=0.1, weight_decay=weight_decay, betas=(0.8, 0.95), momentum=0.7
+    )
+    for got, expected in zip(
+        step(ours_params, ours), step(their_params, theirs(their_params, weight_decay)), strict=True
+    ):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weight_decay_is_zero_by_default_and_changes_the_step_when_set(name):
+    plain, default, decayed = parameters(), parameters(), parameters()
+    step(plain, build_optimizer(plain, name=name, lr=0.1, weight_decay=0.0))
+    step(default, build_optimizer(default, name=name, lr=0.1))
+    step(decayed, build_optimizer(decayed, name=name, lr=0.1, weight_decay=0.5))
+    assert all(torch.equal(a, b) for a, b in zip(plain, default, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(plain, decayed, strict=True))
+
+
+def test_unknown_names_are_refused_with_the_nearest_one():
+    with pytest.raises(ValueError, match="unknown optimizer 'adamm'.*adam, adamw, sgd.*did you mean 'adam"):
+        build_optimizer(parameters(), name="adamm", lr=0.1)
+    optimizer = build_optimizer(parameters(), name="sgd", lr=0.1)
+    with pytest.raises(ValueError, match="unknown schedule 'cosin'.*did you mean 'cosine'"):
+        build_schedule(optimizer, name="cosin", steps=3)
+
+
+def rates(name: str, steps: int, **options) -> list[float]:
+    """The learning rate that each of `steps` optimizer steps uses, from a base rate of 2."""
+    params = parameters()
+    optimizer = build_optimizer(params, name="sgd", lr=2.0)
+    schedule = build_schedule(optimizer, name=name, steps=steps, **options)
+    used = []
+    for _ in range(steps):
+        used.append(optimizer.param_groups[0]["lr"])
+        step(params, optimizer, times=1)
+        schedule.step()
+    return used
+
+
+def test_constant():
+    assert rates("constant", 4) == [2.0] * 4
+
+
+def test_linear_goes_to_its_final_share():
+    assert rates("linear", 4, final=0.2) == pytest.approx([2.0, 1.6, 1.2, 0.8])
+
+
+def test_cosine_is_half_way_at_half_time():
+    assert rates("cosine", 4, final=0.5) == pytest.approx(
+        [2.0, 1.5 + 0.5 * math.cos(math.pi / 4), 1.5, 1.5 - 0.5 * math.cos(math.pi / 4)]
+    )
+
+
+def test_step_drops_every_step_size():
+    assert rates("step", 5, step_size=2, step_factor=0.1) == pytest.approx([2.0, 2.0, 0.2, 0.2, 0.02])
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_warmup_rises_in_equal_steps_and_joins_the_schedule(name):
+    used = rates(name, 6, warmup_steps=3, step_size=10)
+    assert used[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_saved_schedule_continues_exactly(name):
+    options = dict(steps=8, warmup_steps=2, final=0.1, step_size=3, step_factor=0.5)
+    expected = rates(name, **options)
+
+    params = parameters()
+    optimizer = build_optimizer(params, name="sgd", lr=2.0)
+    schedule = build_schedule(optimizer, name=name, **options)
+    for _ in range(4):
+        step(params, optimizer, times=1)
+        schedule.step()
+    saved = io.BytesIO()
+    torch.save({"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, saved)
+
+    saved.seek(0)
+    state = torch.load(saved, weights_only=True)
+    optimizer = build_optimizer(params, name="sgd", lr=2.0)
+    schedule = build_schedule(optimizer, name=name, **options)
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    continued = []
+    for _ in range(4):
+        continued.append(optimizer.param_groups[0]["lr"])
+        step(params, optimizer, times=1)
+        schedule.step()
+    assert continued == expected[4:]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(steps=0), "steps must be at least 1, got 0"),
+        (dict(steps=3, warmup_steps=4), r"warmup_steps must be between 0 and steps \(3\), got 4"),
+        (dict(steps=3, step_size=0), "step_size must be at least 1, got 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options, message):
+    optimizer = build_optimizer(parameters(), name="sgd", lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        build_schedule(optimizer, name="constant", **options)

@@ -1,0 +1,251 @@
+"""The run folder: everything that a training leaves behind, complete in itself.
+
+A run holds::
+
+    config.yaml             the resolved configuration
+    run.json                facts of the data and the versions it was trained with (RunInfo)
+    prior.npz               text embeddings of joints and actions
+    checkpoint.pt           complete state of the training, what --resume continues from
+    model.safetensors       weights of the latest checkpoint
+    best.safetensors        weights that scored best on the validation recordings, where there are any
+    log.jsonl               one line per epoch
+    tensorboard/            the same for TensorBoard
+    curves.png  scores.json  scores.csv  confusion.csv  confusion.png  timelines/
+
+Every file is written to a temporary name first, and read without executing anything that it holds.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from torch import Tensor
+
+from . import __version__
+from .config import Config, load_config, save_config
+from .data import Dataset, Split
+from .errors import UserError, reading
+from .files import replacing, write_text
+from .model import TRGNet
+from .skeleton import Skeleton
+from .text import TextPrior
+
+WEIGHTS = {"last": "model.safetensors", "best": "best.safetensors"}
+"""Choice of weights -> their file."""
+
+
+class RunInfo(BaseModel):
+    """What must be known of the training data to use the network, and what the training was made with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str
+    classes: tuple[str, ...] = Field(min_length=1)
+    background: int | None
+    skeleton: Skeleton
+    fps: float = Field(gt=0)
+    channels: int = Field(ge=1)
+    embedding_dim: int = Field(ge=1)
+    recordings: dict[str, tuple[str, ...]]
+    pos_weight: float
+    class_weights: tuple[float, ...] | None
+    versions: dict[str, str]
+    commit: str | None
+    created: str
+
+    @classmethod
+    def of(
+        cls, dataset: Dataset, split: Split, *, pos_weight: float, class_weights: Sequence[float] | None
+    ) -> RunInfo:
+        """Facts of a training that starts now."""
+        return cls(
+            dataset=dataset.name,
+            classes=dataset.classes,
+            background=dataset.background,
+            skeleton=dataset.skeleton,
+            fps=dataset.fps,
+            channels=dataset.channels,
+            embedding_dim=dataset.text.dim,
+            recordings={
+                part: tuple(r.name for r in recordings) for part, recordings in split._asdict().items()
+            },
+            pos_weight=pos_weight,
+            class_weights=class_weights,
+            versions=versions(),
+            commit=_commit(),
+            created=datetime.now().astimezone().isoformat(timespec="seconds"),
+        )
+
+
+def build_model(config: Config, info: RunInfo) -> TRGNet:
+    """The network of a run, with fresh weights from torch's generator."""
+    adjacency = info.skeleton.adjacency()
+    sizes = config.model.model_dump()
+    return TRGNet(info.channels, len(info.classes), adjacency, info.embedding_dim, **sizes)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and the libraries that decide its numbers."""
+    installed = {}
+    for name in ("torch", "triton", "numpy"):
+        try:
+            installed[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            installed[name] = "not installed"
+    return {"trgnet": __version__, "python": platform.python_version(), **installed}
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from; None when it is installed elsewhere."""
+    checkout = Path(__file__).resolve().parent.parent
+    if not (checkout / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no commit yet: the run is as good without
+        return None
+
+
+class Run:
+    """Names, writes and reads the files of one run folder."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def create(cls, path: str | Path, config: Config, info: RunInfo, text: TextPrior) -> Run:
+        """Start a run in `path`, which must not exist yet or be empty.
+
+        Raises:
+            UserError: there is something in the folder already.
+        """
+        run = cls(path)
+        with reading(f"run folder {path}"):
+            if run.path.exists() and any(run.path.iterdir()):
+                raise UserError(
+                    f"run folder {path} is not empty; choose another with --out, or continue it with "
+                    f"--resume {path}"
+                )
+            run.path.mkdir(parents=True, exist_ok=True)
+        with replacing(run / "prior.npz") as partial:
+            np.savez(partial, joints=text.joints, actions=text.actions)
+        write_text(run / "run.json", info.model_dump_json(indent=2) + "\n")
+        save_config(config, run / "config.yaml")
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """A run that exists.
+
+        Raises:
+            UserError: `path` is no run folder.
+        """
+        run = cls(path)
+        missing = [name for name in ("config.yaml", "run.json", "prior.npz") if not (run / name).is_file()]
+        if missing:
+            raise UserError(
+                f"{path} is no run folder: it has no {', '.join(missing)}; expected a folder written by "
+                "trgnet train"
+            )
+        return run
+
+    def __truediv__(self, name: str) -> Path:
+        """The path of a file of the run."""
+        return self.path / name
+
+    def config(self) -> Config:
+        """The resolved configuration."""
+        return load_config(self / "config.yaml")
+
+    def info(self) -> RunInfo:
+        """Facts of the data."""
+        with reading(f"run file {self / 'run.json'}"):
+            try:
+                return RunInfo.model_validate_json((self / "run.json").read_bytes())
+            except ValidationError as error:
+                fault = error.errors(include_url=False)[0]
+                place = ".".join(str(part) for part in fault["loc"])
+                raise UserError(
+                    f"{self / 'run.json'}: {place}: {fault['msg']}; the file is damaged"
+                ) from error
+
+    def text(self) -> TextPrior:
+        """The text embeddings."""
+        with reading(f"text embeddings {self / 'prior.npz'}"):
+            with np.load(self / "prior.npz", allow_pickle=False) as arrays:
+                return TextPrior(joints=arrays["joints"], actions=arrays["actions"])
+
+    def save_weights(self, state: Mapping[str, Tensor], which: str = "last") -> None:
+        """Write weights as safetensors; `which` is a key of :data:`WEIGHTS`."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        with replacing(self / WEIGHTS[which]) as partial:
+            partial.write_bytes(
+                safetensors.torch.save(tensors)
+            )  # its save_file makes files that others cannot read
+
+    def model(self, which: str = "last") -> TRGNet:
+        """The trained network on the CPU, in evaluation mode; `which` is a key of :data:`WEIGHTS`.
+
+        Raises:
+            UserError: the weights are not there, damaged, or of another network.
+        """
+        path = self / WEIGHTS[which]
+        if not path.is_file():
+            reason = {
+                "last": "it has no checkpoint yet; train it to its first with --resume",
+                "best": "it was trained without validation recordings; use the weights 'last'",
+            }
+            raise UserError(f"run {self.path} has no {path.name}: {reason[which]}")
+        model = build_model(self.config(), self.info())
+        try:
+            model.load_state_dict(safetensors.torch.load_file(path))
+        except (SafetensorError, RuntimeError) as error:
+            raise UserError(f"{path} is damaged or of another network: {_one_line(error)}") from error
+        return model.eval()
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Write the state of the training: tensors, numbers, texts, and lists and dictionaries of them."""
+        with replacing(self / "checkpoint.pt") as partial:
+            torch.save(state, partial)
+
+    def checkpoint(self) -> dict[str, Any] | None:
+        """The state of the training on the CPU; None before the first checkpoint.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        path = self / "checkpoint.pt"
+        if not path.exists():
+            return None
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            raise UserError(f"{path} is no readable checkpoint: {_one_line(error)}") from error
+
+    def write_log(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Replace the log by these records, one per epoch."""
+        write_text(self / "log.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+
+    def append_log(self, record: Mapping[str, Any]) -> None:
+        """Add the record of one epoch to the log."""
+        with (self / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."
