@@ -20,6 +20,7 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as functional
+from einops import rearrange
 from torch import Tensor
 
 from .dropout import check_probability, dropout
@@ -71,11 +72,10 @@ def _instance_norm(x: Tensor, real: Tensor) -> Tensor:
 
 
 def _linear_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    n, features, t = query.shape
-    query, key, value = (a.reshape(n, heads, features // heads, t) for a in (query, key, value))
+    query, key, value = (rearrange(a, "n (h d) t -> n h d t", h=heads) for a in (query, key, value))
     key_value = value @ key.transpose(2, 3)  # (N, heads, value, key)
     normaliser = (key.sum(3) + ATTENTION_EPS).unsqueeze(2) @ query  # (N, heads, 1, T)
-    return (key_value @ query / normaliser).reshape(n, features, t)
+    return rearrange(key_value @ query / normaliser, "n h d t -> n (h d) t")
 
 
 def _flops(x: Tensor, mask: Tensor, source: Optional[Tensor], *rest: object) -> tuple[int, int]:

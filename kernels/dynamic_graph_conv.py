@@ -13,6 +13,7 @@ Source: arXiv 2503.15126 (dynamic spatial modelling of DSFM); splitting it by wh
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -38,9 +39,9 @@ def _frame_level(x: Tensor, p: Tensor, q: Tensor, beta: Tensor) -> Tensor:
 
 
 def _frame_level_product(x: Tensor, p: Tensor, q: Tensor, beta: Tensor) -> Tensor:
-    difference = p.transpose(1, 2).unsqueeze(3) - q.transpose(1, 2).unsqueeze(2)  # (N, T, V, V)
-    z = torch.tanh(difference) @ x.permute(0, 3, 2, 1)  # (N, T, V, F)
-    return (beta * z).permute(0, 3, 2, 1)
+    graph = torch.tanh(rearrange(p, "n u t -> n t u 1") - rearrange(q, "n v t -> n t 1 v"))
+    z = graph @ rearrange(x, "n f v t -> n t v f")
+    return rearrange(beta * z, "n t u f -> n f u t")
 
 
 def _flops(x: Tensor, p: Tensor, q: Tensor, graph: Tensor, beta: Tensor) -> tuple[int, int]:

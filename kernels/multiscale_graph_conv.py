@@ -15,6 +15,7 @@ Source: arXiv 2503.15126 (disentangled multi-scale graph); the folding is ours.
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .operator import Operator, check_shapes
@@ -22,11 +23,14 @@ from .pointwise import pointwise
 
 
 def _multiscale_graph_conv_reference(x: Tensor, hops: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    n, c, v, t = x.shape
-    features, scales = weight.shape[0], hops.shape[0]
-    folded = torch.einsum("okc,kvu->ovcu", weight.view(features, scales, c), hops)
-    y = pointwise(x.reshape(n, c * v, t), folded.reshape(features * v, c * v), bias.repeat_interleave(v))
-    return y.view(n, features, v, t)
+    scales, joints, _ = hops.shape
+    folded = torch.einsum("okc,kvu->ovcu", rearrange(weight, "o (k c) -> o k c", k=scales), hops)
+    y = pointwise(
+        rearrange(x, "n c u t -> n (c u) t"),
+        rearrange(folded, "o v c u -> (o v) (c u)"),
+        bias.repeat_interleave(joints),
+    )
+    return rearrange(y, "n (o v) t -> n o v t", v=joints)
 
 
 def _flops(x: Tensor, hops: Tensor, weight: Tensor, bias: Tensor) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from trgnet.kernels import (
@@ -238,7 +239,8 @@ class TemporalModule(nn.Module):
     def forward(self, x: Tensor, mask: Tensor, seeds: Iterator[Tensor | None]) -> Tensor:
         """x (N, F, V, T), mask (N, 1, T) -> (N, F, T), zero on padded frames."""
         x = channel_dropout(x, self.channel_dropout, _single(next(seeds)))
-        groups = self.conv_in(x.flatten(2)).view(len(x), len(self.layers), -1, x.shape[3])
+        channels = self.conv_in(rearrange(x, "n f v t -> n f (v t)"))
+        groups = rearrange(channels, "n (g c) (v t) -> n g (c v) t", g=len(self.layers), v=x.shape[2])
         folded = [layer.folded() for layer in self.fusion]
         projected = self._project(groups, [spatial for _, spatial, _ in folded], x.shape[2])
         s = (projected[:, -1] + self.seed.bias.to(x.dtype).unsqueeze(1)) * mask.to(x.dtype)
@@ -265,8 +267,8 @@ class TemporalModule(nn.Module):
 
         The groups lie channel-major; the weights are joint-major, so the weights are re-ordered.
         """
-        weights = torch.stack([*spatial, self.seed.weight]).unflatten(2, (joints, self.group_channels))
-        return weights.transpose(2, 3).flatten(2) @ groups
+        weights = torch.stack([*spatial, self.seed.weight])
+        return rearrange(weights, "g f (v c) -> g f (c v)", v=joints) @ groups
 
 
 class ActionStage(nn.Module):
