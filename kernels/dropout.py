@@ -64,8 +64,6 @@ def _scaled_mask(bits: Tensor, p: float, dtype: torch.dtype) -> Tensor:
 
 def _hash(x: Tensor) -> Tensor:
     """lowbias32 on int32 tensors; the masks make torch's arithmetic right shift a logical one."""
-    x = x ^ ((x >> 16) & 0xFFFF)
-    x = x * 0x7FEB352D
-    x = x ^ ((x >> 15) & 0x1FFFF)
-    x = x * (0x846CA68B - 2**32)
-    return x ^ ((x >> 16) & 0xFFFF)
+    x = (x >> 16).bitwise_and_(0xFFFF).bitwise_xor_(x).mul_(0x7FEB352D)
+    x = (x >> 15).bitwise_and_(0x1FFFF).bitwise_xor_(x).mul_(0x846CA68B - 2**32)
+    return (x >> 16).bitwise_and_(0xFFFF).bitwise_xor_(x)

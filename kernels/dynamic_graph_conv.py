@@ -39,9 +39,9 @@ def _frame_level(x: Tensor, p: Tensor, q: Tensor, beta: Tensor) -> Tensor:
 
 
 def _frame_level_product(x: Tensor, p: Tensor, q: Tensor, beta: Tensor) -> Tensor:
-    graph = torch.tanh(rearrange(p, "n u t -> n t u 1") - rearrange(q, "n v t -> n t 1 v"))
-    z = graph @ rearrange(x, "n f v t -> n t v f")
-    return rearrange(beta * z, "n t u f -> n f u t")
+    graph = beta * torch.tanh(rearrange(p, "n u t -> n t 1 u") - rearrange(q, "n v t -> n t v 1"))
+    # Channels before joints: what is copied then is a plain transpose of (channel and joint, frame).
+    return rearrange(rearrange(x, "n f v t -> n t f v") @ graph, "n t f u -> n f u t")
 
 
 def _flops(x: Tensor, p: Tensor, q: Tensor, graph: Tensor, beta: Tensor) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Optional
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .operator import Operator, check_mask, check_shapes
@@ -45,7 +46,9 @@ def _statistics(x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     wide = x if x.dtype == torch.float64 else x.float()
     real = real.to(wide.dtype)
     count = (real.sum() * x.shape[2]).clamp(min=1)
-    mean = (wide * real).sum((0, 2, 3)) / count
+    # A sum over frames as a matrix product writes no tensor of the size of x.
+    per_joint = wide.flatten(1, 2) @ real.squeeze(1).transpose(1, 2)  # (N, F*V, 1)
+    mean = rearrange(per_joint, "n (f v) 1 -> f (n v)", f=x.shape[1]).sum(1) / count
     deviation = (wide - mean.view(-1, 1, 1)) * real
     return mean, deviation.square().sum((0, 2, 3)) / count
 

@@ -243,14 +243,14 @@ class TemporalModule(nn.Module):
         groups = rearrange(channels, "n (g c) (v t) -> n g (c v) t", g=len(self.layers), v=x.shape[2])
         folded = [layer.folded() for layer in self.fusion]
         projected = self._project(groups, [spatial for _, spatial, _ in folded], x.shape[2])
-        s = (projected[:, -1] + self.seed.bias.to(x.dtype).unsqueeze(1)) * mask.to(x.dtype)
+        s = (projected[-1] + self.seed.bias.to(x.dtype).unsqueeze(1)) * mask.to(x.dtype)
         for i, layer in enumerate(self.layers):
             if i > 0:
                 weight, _, bias = folded[i - 1]
                 project = self.fusion[i - 1].project
                 s = fusion_layer(
                     s,
-                    projected[:, i - 1],
+                    projected[i - 1],
                     mask,
                     weight1=weight,
                     bias1=bias,
@@ -262,13 +262,13 @@ class TemporalModule(nn.Module):
             s = layer(s, mask, None, 1.0, next(seeds))
         return self.conv_out(s) * mask.to(s.dtype)
 
-    def _project(self, groups: Tensor, spatial: list[Tensor], joints: int) -> Tensor:
-        """Project every spatial group and the seed, (N, layers, 8V, T) -> (N, layers, F, T), in one product.
+    def _project(self, groups: Tensor, spatial: list[Tensor], joints: int) -> tuple[Tensor, ...]:
+        """Project every spatial group and the seed, (N, layers, 8V, T) -> layers x (N, F, T), in one product.
 
         The groups lie channel-major; the weights are joint-major, so the weights are re-ordered.
         """
         weights = torch.stack([*spatial, self.seed.weight])
-        return rearrange(weights, "g f (v c) -> g f (c v)", v=joints) @ groups
+        return (rearrange(weights, "g f (v c) -> g f (c v)", v=joints) @ groups).unbind(1)
 
 
 class ActionStage(nn.Module):

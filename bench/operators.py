@@ -1,0 +1,189 @@
+"""Arguments of the timed operators at a size of published training, and their providers.
+
+A provider takes an operator's arguments in their order. The published formulation has joints innermost: its
+arguments of shape (..., V, T) come to it as (..., T, V), so that no transpose is timed that the published
+network would not do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from trgnet.kernels import operator
+
+from . import published
+
+PROVIDERS = ("published", "reference", "recompute")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a batch: sequences, input channels, joints, features, frames, hops, classes, segments, embedding."""
+
+    n: int = 2
+    c: int = 12
+    v: int = 25
+    f: int = 64
+    t: int = 1000
+    hops: int = 13
+    k: int = 52
+    segments: int = 64
+    d: int = 768
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator: its arguments, its published formulation, and what tells the two layouts apart."""
+
+    args: tuple[Any, ...]
+    published: Callable[..., Any]
+    swapped: tuple[int, ...] = ()
+    """Positions of the arguments of shape (..., V, T)."""
+    dropout: tuple[int, ...] = ()
+    """Positions of the dropout probabilities."""
+
+
+def make_case(name: str, size: Size = Size()) -> Case:
+    """Random float32 arguments, without padding; what an operator differentiates requires gradients."""
+    generator = torch.Generator().manual_seed(0)
+    n, c, v, f, t, k = size.n, size.c, size.v, size.f, size.t, size.k
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(*shape, generator=generator)).requires_grad_()
+
+    def linear(out: int, *inner: int) -> tuple[Tensor, Tensor]:
+        return random(out, *inner, scale=torch.Size(inner).numel() ** -0.5), random(out, scale=0.1)
+
+    mask = torch.ones(n, 1, t, dtype=torch.bool)
+    seeds, dilation, heads = torch.tensor([5, 7]), 16, 4
+    labels = torch.randint(0, k, (n, t), generator=generator)
+    similarity = torch.rand(n, t, generator=generator)
+    return {
+        "multiscale_graph_conv": lambda: Case(
+            (random(n, c, v, t), random(size.hops, v, v, scale=v**-0.5), *linear(f, size.hops * c)),
+            published.multiscale_graph_conv,
+            swapped=(0,),
+        ),
+        "dynamic_graph_conv": lambda: Case(
+            (random(n, f, v, t), random(n, v, t), random(n, v, t), random(n, f, v, v), random(1)),
+            published.dynamic_graph_conv,
+            swapped=(0, 1, 2),
+        ),
+        "masked_batch_norm": lambda: Case(
+            (random(n, f, v, t), mask, random(f), random(f), random(n, f, v, t), None, None, 1e-5),
+            _batch_norm,
+            swapped=(0, 4),
+        ),
+        "attention_layer": lambda: Case(
+            (
+                random(n, f, t),
+                mask,
+                None,
+                *linear(f, f, 3),
+                *linear(2 * f, f),
+                *linear(f, f),
+                *linear(f, f),
+                *linear(f, f),
+                seeds,
+                *(dilation, heads, 1.0, 0.05, 0.5),
+            ),
+            _attention_layer,
+            dropout=(-2, -1),
+        ),
+        "fusion_layer": lambda: Case(
+            (random(n, f, t), random(n, f, t), mask, *linear(f, f), *linear(f, f), seeds[0], 0.3),
+            lambda *args: published.fusion_layer(*args[:-2], args[-1]),
+            dropout=(-1,),
+        ),
+        "dilated_residual": lambda: Case(
+            (random(n, f, t), mask, *linear(f, f, 3), *linear(f, f), seeds[0], dilation, 0.5),
+            lambda *args: published.dilated_residual(*args[:-3], *args[-2:]),
+            dropout=(-1,),
+        ),
+        "class_loss": lambda: Case(
+            (random(n, k, t), labels, similarity, mask, None),
+            lambda logits, labels, similarity, *_: published.class_loss(logits, labels, similarity),
+        ),
+        "segment_mean": lambda: Case((random(n, f, t), *_segments(size)), published.segment_mean),
+        "pairwise_distance": lambda: Case((random(size.segments, size.d),), published.pairwise_distance),
+    }[name]()
+
+
+class Call:
+    """One provider's function with arguments of its own, in its layout and in ``dtype``."""
+
+    def __init__(self, name: str, case: Case, provider: str, *, dtype: torch.dtype, dropout: bool) -> None:
+        args = [
+            0.0 if i - len(case.args) in case.dropout and not dropout else a for i, a in enumerate(case.args)
+        ]
+        self.swapped = case.swapped if provider == "published" else ()
+        self.args = [
+            _leaf(a.mT if i in self.swapped else a, dtype) if isinstance(a, Tensor) else a
+            for i, a in enumerate(args)
+        ]
+        self.function = (
+            case.published if provider == "published" else partial(operator(name), backend=provider)
+        )
+        self.wanted = {i: a for i, a in enumerate(self.args) if isinstance(a, Tensor) and a.requires_grad}
+        self.output_gradients = [self._output_gradient(output) for output in self._outputs()]
+
+    def __call__(self) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """Values, and gradients of a fixed random projection of them: forward and backward."""
+        outputs = self._outputs()
+        return outputs, torch.autograd.grad(outputs, list(self.wanted.values()), self.output_gradients)
+
+    def results(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Values and gradients by name, in the operator's layout."""
+        outputs, gradients = self()
+        return (
+            {f"output {i}": self._in_operator_layout(o) for i, o in enumerate(outputs)},
+            {
+                f"gradient of argument {i}": g.mT if i in self.swapped else g
+                for i, g in zip(self.wanted, gradients)
+            },
+        )
+
+    def _outputs(self) -> list[Tensor]:
+        outputs = self.function(*self.args)
+        return [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
+
+    def _output_gradient(self, output: Tensor) -> Tensor:
+        """The same numbers for every provider."""
+        shape = self._in_operator_layout(output).shape
+        gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(output.dtype)
+        return self._in_operator_layout(gradient).contiguous()  # swapping is its own inverse
+
+    def _in_operator_layout(self, output: Tensor) -> Tensor:
+        return output.mT if self.swapped else output
+
+
+def _leaf(a: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy of ``a`` that no graph leads to; floating point in ``dtype``."""
+    copy = a.detach().clone(memory_format=torch.contiguous_format)
+    return copy.to(dtype).requires_grad_(a.requires_grad) if a.is_floating_point() else copy
+
+
+def _segments(size: Size) -> tuple[Tensor, Tensor, Tensor]:
+    """Equal segments that fill the batch: batch, start, length, each (S,)."""
+    per_sequence = size.segments // size.n
+    frames = size.t // per_sequence
+    starts = torch.arange(per_sequence).repeat(size.n) * frames
+    return torch.arange(size.n).repeat_interleave(per_sequence), starts, torch.full_like(starts, frames)
+
+
+def _batch_norm(
+    x: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, *_: object
+) -> Tensor:
+    return published.batch_norm(x, mask, weight, bias, residual)
+
+
+def _attention_layer(*args: Any) -> Tensor:
+    """The published layer has separate projections for queries and keys, and draws without a seed."""
+    inputs, query_key, value, attention, output = args[:5], args[5:7], args[7:9], args[9:11], args[11:13]
+    query, key = zip(*(parameter.chunk(2) for parameter in query_key))
+    return published.attention_layer(*inputs, query, key, value, attention, *output, *args[14:])
