@@ -54,10 +54,9 @@ def test_training_outputs_losses_and_every_gradient(name: str, every_backend: No
     gradients = {key: torch.zeros(shape).double() for key, shape in case.info["state_dict_shapes"].items()}
     gradients |= to_published({key: p.grad for key, p in model.named_parameters()})
     ordered = [gradients[key].flatten() for key in case.info["parameters"]]
-    # A float64 sum of thousands of products that cancel: the norm's scale is the scale of its rounding.
     cosines = [torch.cos(torch.arange(len(g), dtype=torch.float64)) for g in ordered]
     close(torch.stack([g.norm() for g in ordered]), case.truth["grad_norms"])
-    close(torch.stack([g @ c for g, c in zip(ordered, cosines)]), case.truth["grad_dot"], atol=1e-9)
+    close(torch.stack([g @ c for g, c in zip(ordered, cosines)]), case.truth["grad_dot"])
     for key in (key for key in case.truth if key.startswith("grad:")):
         close(gradients[key.removeprefix("grad:")], case.truth[key])
 
@@ -79,5 +78,5 @@ def test_four_adam_steps(name: str):
     close(torch.stack(trajectory), case.truth["loss_trajectory"], rtol=1e-6)
     with torch.no_grad():
         logits, boundaries = model.eval()(case.batch.x, case.batch.mask, case.joint_graph)
-    close(logits, case.truth["eval_cls_after4"], rtol=1e-6, atol=1e-6)
-    close(boundaries, case.truth["eval_bound_after4"], rtol=1e-6, atol=1e-6)
+    close(logits, case.truth["eval_cls_after4"], rtol=1e-6, atol=1e-7)
+    close(boundaries, case.truth["eval_bound_after4"], rtol=1e-6, atol=1e-7)
