@@ -9,9 +9,9 @@ import sys
 import operators as formulas
 import pytest
 import torch
+from allocations import LargestTensor
 from operators import arguments
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from trgnet.kernels import BackendError, Operator, operator, operator_table, use_backend
 
 from trgnet import kernels
@@ -176,21 +176,6 @@ def test_inputs_may_be_strided_and_gradients_expanded(name: str):
             strict=True,
         ):
             torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the largest number of elements of any tensor that an operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in torch.utils._pytree.tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage().size():
-                self.elements = max(self.elements, leaf.untyped_storage().size() // leaf.element_size())
-        return result
 
 
 def test_no_frame_graph_is_materialised():

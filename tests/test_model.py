@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
+from allocations import LargestTensor
 from operators import lengths_mask
 from published_case import NO_DROPOUT
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from trgnet.kernels import BackendError, use_backend
 
 from trgnet import TRGLoss, TRGNet
@@ -185,19 +185,6 @@ def test_text_losses_against_their_definition():
     assert loss == 0 and torch.isfinite(equal.grad).all()
 
 
-class TensorSizes(TorchDispatchMode):
-    """Collects the numbers of elements of all tensors that operations return."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements: list[int] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.elements += [t.numel() for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
-        return result
-
-
 def test_memory_of_a_step_is_bounded_by_the_feature_map(dataset: Dataset):
     """No (N, 13C, V, T), no (N, T, V, V) and no (N, D, T) tensor exists at any time, forward or backward."""
     n, c, v, t, f, d = 1, 6, 30, 4096, 8, 768
@@ -206,15 +193,13 @@ def test_memory_of_a_step_is_bounded_by_the_feature_map(dataset: Dataset):
     model = TRGNet(c, 3, adjacency, d, features=f, layers=1, refine_layers=1)
     x, mask = torch.randn(n, c, v, t), torch.ones(n, 1, t, dtype=torch.bool)
     segments = Segments(*torch.tensor([[0, 0], [0, 100], [100, t - 100], [0, 1]]))
-    with TensorSizes() as tensors:
+    with LargestTensor() as largest:
         output = model(x, mask, torch.rand(v, v), segments)
         sum(
             o.sum() for o in (*output.class_logits, *output.boundary_logits, output.segment_features)
         ).backward()
     feature_map = n * (f + 2) * v * t  # x3 with its two relation rows
-    assert (
-        max(tensors.elements) <= max(feature_map, 1 << 20) < min(n * 13 * c * v * t, n * t * v * v, n * d * t)
-    )
+    assert largest.elements <= max(feature_map, 1 << 20) < min(n * 13 * c * v * t, n * t * v * v, n * d * t)
 
 
 @pytest.mark.parametrize("backend", ["reference", "recompute"])
