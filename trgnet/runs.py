@@ -99,8 +99,8 @@ def build_model(config: Config, info: RunInfo) -> TRGNet:
 
 def versions() -> dict[str, str]:
     """Versions of Python, this package and the libraries that decide its numbers."""
-    installed = {}
-    for name in ("torch", "triton", "numpy"):
+    installed = {"torch": torch.__version__}  # unlike the metadata, it says for which CUDA it was built
+    for name in ("triton", "numpy"):
         try:
             installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
