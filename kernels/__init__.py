@@ -10,10 +10,11 @@ from .dynamic_graph_conv import dynamic_graph_conv
 from .frame_loss import IGNORE, boundary_loss, class_loss, frame_similarity
 from .fusion_layer import fusion_layer
 from .masked_batch_norm import masked_batch_norm
-from .moment_update import moment_update, moment_update_cost
+from .moment_update import moment_update
 from .multiscale_graph_conv import multiscale_graph_conv
-from .operator import Cost, Operator, operator, operator_table
+from .operator import Cost, Operator, check_mask, check_shapes, operator, operator_table
 from .pointwise import pointwise
+from .precision import wide_dtype, widened
 from .segment import pairwise_distance, segment_mean
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "attention_layer",
     "boundary_loss",
     "channel_dropout",
+    "check_mask",
+    "check_shapes",
     "class_loss",
     "current_backend",
     "dilated_residual",
@@ -34,7 +37,6 @@ __all__ = [
     "fusion_layer",
     "masked_batch_norm",
     "moment_update",
-    "moment_update_cost",
     "multiscale_graph_conv",
     "operator",
     "operator_table",
@@ -42,4 +44,6 @@ __all__ = [
     "pointwise",
     "segment_mean",
     "use_backend",
+    "wide_dtype",
+    "widened",
 ]

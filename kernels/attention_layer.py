@@ -26,6 +26,7 @@ from torch import Tensor
 from .dropout import check_probability, dropout
 from .operator import Operator, check_mask, check_shapes
 from .pointwise import pointwise
+from .precision import widened, without_autocast
 
 NORM_EPS = 1e-5
 ATTENTION_EPS = 1e-6
@@ -64,18 +65,22 @@ def _attention_layer_reference(
 
 
 def _instance_norm(x: Tensor, real: Tensor) -> Tensor:
+    wide, real = widened(x), widened(real)
     count = real.sum(2, keepdim=True).clamp(min=1)
-    mean = (x * real).sum(2, keepdim=True) / count
-    centred = x - mean
+    mean = (wide * real).sum(2, keepdim=True) / count
+    centred = wide - mean
     var = (centred * real).square().sum(2, keepdim=True) / count
-    return centred * torch.rsqrt(var + NORM_EPS)
+    return (centred * torch.rsqrt(var + NORM_EPS)).to(x.dtype)
 
 
 def _linear_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    query, key, value = (rearrange(a, "n (h d) t -> n h d t", h=heads) for a in (query, key, value))
-    key_value = value @ key.transpose(2, 3)  # (N, heads, value, key)
-    normaliser = (key.sum(3) + ATTENTION_EPS).unsqueeze(2) @ query  # (N, heads, 1, T)
-    return rearrange(key_value @ query / normaliser, "n h d t -> n (h d) t")
+    dtype = query.dtype
+    query, key, value = (rearrange(widened(a), "n (h d) t -> n h d t", h=heads) for a in (query, key, value))
+    with without_autocast(query):
+        key_value = value @ key.transpose(2, 3)  # (N, heads, value, key)
+        normaliser = (key.sum(3) + ATTENTION_EPS).unsqueeze(2) @ query  # (N, heads, 1, T)
+        attended = key_value @ query / normaliser
+    return rearrange(attended, "n h d t -> n (h d) t").to(dtype)
 
 
 def _flops(x: Tensor, mask: Tensor, source: Optional[Tensor], *rest: object) -> tuple[int, int]:

@@ -39,7 +39,7 @@ def checked_backend(name: str, source: str) -> str:
 
 
 # A plain module global, not a context variable: torch.compile guards on it and retraces when it changes.
-_current = checked_backend(os.environ.get("TRGNET_BACKEND", "auto"), "environment variable TRGNET_BACKEND")
+_current = checked_backend(os.environ.get("TRGNET_BACKEND") or "auto", "environment variable TRGNET_BACKEND")
 
 
 def current_backend() -> str:

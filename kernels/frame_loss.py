@@ -26,6 +26,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from .operator import Operator, check_mask, check_shapes
+from .precision import widened
 
 IGNORE = 255
 """Label of frames that belong to no class: padding, and unannotated frames."""
@@ -36,7 +37,7 @@ def _class_loss_reference(
     logits: Tensor, labels: Tensor, similarity: Tensor, mask: Tensor, class_weights: Optional[Tensor]
 ) -> tuple[Tensor, Tensor]:
     # Half-precision logits are widened: a log-softmax and a mean over thousands of frames need it.
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = widened(logits)
     return (_cross_entropy(logits, labels, mask, class_weights), _smoothness(logits, similarity, mask))
 
 
@@ -66,9 +67,10 @@ def _smoothness(logits: Tensor, similarity: Tensor, mask: Tensor) -> Tensor:
 
 def _boundary_loss_reference(logits: Tensor, target: Tensor, mask: Tensor, pos_weight: Tensor) -> Tensor:
     real = mask.squeeze(1)
-    wide = logits.squeeze(1) if logits.dtype == torch.float64 else logits.squeeze(1).float()
+    wide = widened(logits.squeeze(1))
+    target = torch.where(real, target.to(wide.dtype), 0)  # what padded targets hold does not matter
     loss = functional.binary_cross_entropy_with_logits(
-        wide, target.to(wide.dtype), pos_weight=pos_weight.to(wide.dtype), reduction="none"
+        wide, target, pos_weight=pos_weight.to(wide.dtype), reduction="none"
     )
     return (torch.where(real, loss, 0).sum(1) / real.sum(1).clamp(min=1)).mean()
 

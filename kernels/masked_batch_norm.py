@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .operator import Operator, check_mask, check_shapes
+from .precision import wide_dtype, widened, without_autocast
 
 
 def _masked_batch_norm_reference(
@@ -30,26 +31,24 @@ def _masked_batch_norm_reference(
     var: Optional[Tensor],
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    real = mask.unsqueeze(1).to(x.dtype)  # (N, 1, 1, T)
+    wide, real = widened(x), mask.unsqueeze(1).to(wide_dtype(x))  # (N, F, V, T), (N, 1, 1, T)
     if mean is None or var is None:
-        mean, var = _statistics(x, real)
-    scale = (weight * torch.rsqrt(var + eps)).to(x.dtype)
-    shift = (bias - mean * scale).to(x.dtype)
-    out = torch.addcmul(shift.view(-1, 1, 1), x, scale.view(-1, 1, 1))
+        mean, var = _statistics(wide, real)
+    scale = weight * torch.rsqrt(var + eps)
+    out = torch.addcmul((bias - mean * scale).view(-1, 1, 1), wide, scale.view(-1, 1, 1))
     if residual is not None:
         out = out + residual
-    return torch.relu(out) * real, mean.detach().clone(), var.detach().clone()
+    return (torch.relu(out) * real).to(x.dtype), mean.detach().clone(), var.detach().clone()
 
 
 def _statistics(x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance per channel; half precision is summed in float32."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    real = real.to(wide.dtype)
+    """Mean and biased variance per channel."""
     count = (real.sum() * x.shape[2]).clamp(min=1)
-    # A sum over frames as a matrix product writes no tensor of the size of x.
-    per_joint = wide.flatten(1, 2) @ real.squeeze(1).transpose(1, 2)  # (N, F*V, 1)
+    with without_autocast(x):
+        # A sum over frames as a matrix product writes no tensor of the size of x.
+        per_joint = x.flatten(1, 2) @ real.squeeze(1).transpose(1, 2)  # (N, F*V, 1)
     mean = rearrange(per_joint, "n (f v) 1 -> f (n v)", f=x.shape[1]).sum(1) / count
-    deviation = (wide - mean.view(-1, 1, 1)) * real
+    deviation = (x - mean.view(-1, 1, 1)) * real
     return mean, deviation.square().sum((0, 2, 3)) / count
 
 

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .operator import Cost
+from .operator import Operator
 
 
 def _moment_update_reference(
@@ -59,9 +59,13 @@ def _power(v: Tensor, alpha: float) -> Tensor:
     return v.sqrt() if alpha == 0.5 else v.pow(alpha)
 
 
-_OP = torch.library.custom_op(
-    "trgnet::moment_update", _moment_update_reference, mutates_args=("params", "first", "second")
-)
+def _flops(
+    params: Sequence[Tensor], grads: object, first: object, second: Sequence[Tensor], *_: object
+) -> tuple[int, int]:
+    return sum(p.numel() for p in params) * (12 if second else 6), 0
+
+
+OPERATOR = Operator(_moment_update_reference, _flops, mutates=("params", "first", "second"))
 
 
 def moment_update(
@@ -80,6 +84,7 @@ def moment_update(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     decoupled: bool = False,
+    backend: str | None = None,
 ) -> None:
     """Update parameters and their moments in place; see the formula above.
 
@@ -89,6 +94,7 @@ def moment_update(
         first: first moments (momentum buffers), one per parameter.
         second: second moments, one per parameter; none: no division.
         lr, beta1, beta2, gain, correction1, correction2, alpha, eps, weight_decay, decoupled: as in the formula.
+        backend: see :mod:`trgnet.kernels.backend`; "recompute" has nothing to recompute here.
 
     Raises:
         ValueError: lists of different lengths, or a tensor whose shape is not its parameter's.
@@ -100,7 +106,7 @@ def moment_update(
                 f"of params, {[tuple(p.shape) for p in params]}"
             )
     with torch.no_grad():
-        _OP(
+        OPERATOR(
             list(params),
             list(grads),
             list(first),
@@ -115,11 +121,5 @@ def moment_update(
             eps,
             weight_decay,
             decoupled,
+            backend=backend,
         )
-
-
-def moment_update_cost(params: Sequence[Tensor], with_second: bool) -> Cost:
-    """The least work of a step: gradients read; parameters and moments read and written."""
-    elements = sum(p.numel() for p in params)
-    moved = sum(p.numel() * p.element_size() for p in params) * (7 if with_second else 5)
-    return Cost(moved, elements * (12 if with_second else 6))

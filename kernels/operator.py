@@ -7,6 +7,7 @@ An operator's file reads: formula and shapes, reference, FLOPs, public function.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from .backend import BackendError, checked_backend, current_backend
 
@@ -38,6 +40,8 @@ class Operator:
         flops: Called with the same arguments; returns (forward, backward) floating-point operations.
         triton: The fused implementation with the signature of ``reference``; None where there is none.
         statistics: How many of the outputs, the last ones, are by-products without a gradient.
+        mutates: Names of the arguments that are changed in place. Such an operator returns nothing and has no
+            gradient.
     """
 
     def __init__(
@@ -46,12 +50,14 @@ class Operator:
         flops: Callable[..., tuple[int, int]],
         triton: Callable[..., Any] | None = None,
         statistics: int = 0,
+        mutates: tuple[str, ...] = (),
     ) -> None:
         self.name = reference.__name__.removeprefix("_").removesuffix("_reference")
         self.reference = reference
         self.triton = triton
         self._flops = flops
-        self.op = _register(self.name, reference, statistics)
+        self._mutates = mutates
+        self.op = _register_in_place(self) if mutates else _register(self, statistics)
         _OPERATORS[self.name] = self
 
     @property
@@ -63,7 +69,7 @@ class Operator:
         """Return the backend that a call with these arguments runs on; raises BackendError."""
         choice = current_backend() if forced is None else checked_backend(forced, self.name)
         if choice == "auto":
-            on_gpu = all(a.is_cuda for a in args if isinstance(a, Tensor))
+            on_gpu = all(tensor.is_cuda for tensor in _tensors(args))
             return "triton" if self.triton is not None and on_gpu else "reference"
         if choice not in self.backends:
             raise BackendError(
@@ -83,12 +89,16 @@ class Operator:
         """Return the least work for these arguments (tensors of any device, meta tensors included).
 
         Forward: every input read and every output written once. Backward: inputs and output gradients
-        read, gradients of all floating-point inputs written.
+        read, gradients of all floating-point inputs written. In place: what is changed is read and written.
         """
-        inputs = [a for a in args if isinstance(a, Tensor)]
-        on_meta = [a.to("meta") if isinstance(a, Tensor) else a for a in args]
-        outputs = _as_tuple(self.reference(*on_meta))
-        moved = _bytes(inputs) + _bytes(outputs)
+        inputs = _tensors(args)
+        moved = _bytes(inputs)
+        if self._mutates:
+            named = dict(zip(inspect.signature(self.reference).parameters, args))
+            moved += _bytes(_tensors([named[name] for name in self._mutates]))
+        else:
+            on_meta = [a.to("meta") if isinstance(a, Tensor) else a for a in args]
+            moved += _bytes(_as_tuple(self.reference(*on_meta)))
         if backward:
             moved += _bytes([a for a in inputs if a.is_floating_point()])
         return Cost(moved, self._flops(*args)[int(backward)])
@@ -139,10 +149,18 @@ def check_mask(operator_name: str, mask: Tensor) -> None:
         )
 
 
-def _register(name: str, reference: Callable[..., Any], statistics: int) -> Any:
+def _register_in_place(operator: Operator) -> Any:
+    """Make ``torch.ops.trgnet.NAME`` that changes some of its arguments and returns nothing."""
+    return torch.library.custom_op(
+        f"trgnet::{operator.name}", operator.reference, mutates_args=operator._mutates
+    )
+
+
+def _register(operator: Operator, statistics: int) -> Any:
     """Make ``torch.ops.trgnet.NAME`` from the reference: opaque to autograd, recomputed in backward."""
+    reference = operator.reference
     op = torch.library.custom_op(
-        f"trgnet::{name}",
+        f"trgnet::{operator.name}",
         _without_aliases(reference),
         mutates_args=(),
         schema=torch.library.infer_schema(reference, mutates_args=()),
@@ -213,6 +231,11 @@ def _without_aliases(reference: Callable[..., Any]) -> Callable[..., Any]:
 
 def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _tensors(args: Sequence[Any]) -> list[Tensor]:
+    """The tensors among the arguments, those in lists included."""
+    return [leaf for leaf in tree_leaves(list(args)) if isinstance(leaf, Tensor)]
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

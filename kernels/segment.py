@@ -11,22 +11,23 @@ rows instead of N*T frames.
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .operator import Operator, check_shapes
+from .precision import widened
 
 
 def _segment_mean_reference(x: Tensor, batch: Tensor, start: Tensor, length: Tensor) -> Tensor:
-    n, features, t = x.shape
-    first = batch * t + start
-    frame = torch.arange(n * t, device=x.device)
-    # The segment that starts last at or before a frame owns it, unless it ended; row S takes the rest.
-    owner = torch.searchsorted(first, frame, right=True) - 1
-    ended = (owner < 0) | (frame >= (first + length)[owner.clamp(min=0)])
-    owner = torch.where(ended, len(first), owner)
-    rows = x.transpose(1, 2).reshape(n * t, features)
-    total = rows.new_zeros(len(first) + 1, features).index_add(0, owner, rows)[:-1]
-    return total / length.to(x.dtype).unsqueeze(1)
+    frames = x.shape[0] * x.shape[2]
+    first = batch * x.shape[2] + start
+    end = first + length
+    # Segments and the gaps before, between and behind them take turns, so that no frame is left out.
+    edges = torch.stack([first, end], dim=1).flatten()
+    lengths = edges.diff(prepend=edges.new_zeros(1), append=edges.new_full((1,), frames))
+    rows = rearrange(widened(x), "n f t -> (n t) f")
+    sums = torch.segment_reduce(rows, "sum", lengths=lengths, axis=0, unsafe=True, initial=0)[1::2]
+    return (sums / length.unsqueeze(1)).to(x.dtype)
 
 
 def _pairwise_distance_reference(f: Tensor) -> Tensor:
@@ -66,8 +67,6 @@ def segment_mean(
         ValueError: the shapes do not fit together.
     """
     check_shapes("segment_mean", x=(x, "N F T"), batch=(batch, "S"), start=(start, "S"), length=(length, "S"))
-    if len(start) == 0:
-        return x.new_zeros(0, x.shape[1])
     return SEGMENT_MEAN(x, batch, start, length, backend=backend)
 
 

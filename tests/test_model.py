@@ -202,6 +202,17 @@ def test_memory_of_a_step_is_bounded_by_the_feature_map(dataset: Dataset):
     assert largest.elements <= max(feature_map, 1 << 20) < min(n * 13 * c * v * t, n * t * v * v, n * d * t)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_on_long_sequences(dataset: Dataset, dtype: torch.dtype):
+    model = build(dataset, torch.float32, layers=3, refine_layers=2).eval()
+    x, mask = torch.randn(1, 4, 7, 20_000), torch.ones(1, 1, 20_000, dtype=torch.bool)
+    with torch.no_grad():
+        expected = model(x, mask, dataset.text.joint_graph())[0]
+        with torch.autocast("cpu", dtype=dtype):
+            got = model(x, mask, dataset.text.joint_graph())[0]
+    assert (got - expected).norm() <= 0.03 * expected.norm()
+
+
 @pytest.mark.parametrize("backend", ["reference", "recompute"])
 def test_compiles_to_one_graph_for_any_length(dataset: Dataset, backend: str):
     """The first length compiles, the second makes the length dynamic, no further one compiles."""
@@ -231,6 +242,21 @@ def test_wrong_inputs_are_explained(dataset: Dataset):
             torch.ones(1, 1, 8, dtype=torch.bool),
             torch.zeros(7, 7).double(),
         )
+    x, mask, graph = (
+        torch.zeros(2, 4, 7, 8).double(),
+        torch.ones(2, 1, 8, dtype=torch.bool),
+        torch.zeros(7, 7).double(),
+    )
+    for wrong in (graph[0], graph[:1], torch.zeros(()), torch.zeros(12, 12)):
+        with pytest.raises(
+            ValueError, match=r"TRGNet: joint_graph has shape .* expected \(V, V\) = \(7, 7\)"
+        ):
+            model(x, mask, wrong)
+    for wrong in (mask[:, 0], mask[..., :5], mask[:1]):
+        with pytest.raises(ValueError, match=r"TRGNet: mask has shape .* expected \(N, 1, T\) = \(2, 1, 8\)"):
+            model(x, wrong, graph)
+    with pytest.raises(TypeError, match="TRGNet: mask has dtype torch.float32"):
+        model(x, mask.float(), graph)
     with pytest.raises(ValueError, match="features is 18, expected a multiple of heads = 4"):
         build(dataset, features=18)
     with pytest.raises(ValueError, match="refine_layers is 0, expected at least 1"):

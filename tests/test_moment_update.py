@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from trgnet.kernels import moment_update, moment_update_cost
+from trgnet.kernels import BackendError, moment_update, operator
 
 
 def random_tensors(seed: int) -> list[torch.Tensor]:
@@ -87,9 +87,18 @@ def test_gradients_stay_and_shapes_are_checked():
 
 
 def test_cost_counts_every_tensor_once():
-    params = [torch.empty(36_500_000, device="meta")]
-    assert moment_update_cost(params, True).bytes == 7 * 4 * 36_500_000
-    assert moment_update_cost(params, False).bytes == 5 * 4 * 36_500_000
+    """Gradients are read; parameters and moments are read and written."""
+    (p, g, m, v) = ([torch.empty(36_500_000, device="meta")] for _ in range(4))
+    numbers = (0.1, 0.9, 0.999, 0.1, 1.0, 1.0, 0.5, 1e-8, 0.0, False)
+    assert operator("moment_update").cost(p, g, m, v, *numbers).bytes == 7 * 4 * 36_500_000
+    assert operator("moment_update").cost(p, g, m, [], *numbers).bytes == 5 * 4 * 36_500_000
+
+
+def test_backends():
+    one, two = run(lr=0.01), run(lr=0.01, backend="recompute")
+    assert all(torch.equal(a, b) for a, b in zip(one, two))
+    with pytest.raises(BackendError, match="moment_update: backend 'triton' is forced"):
+        run(lr=0.01, backend="triton")
 
 
 def test_opcheck():

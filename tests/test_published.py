@@ -67,6 +67,22 @@ def test_wrong_skeleton_dataset_and_file(checkpoint: Path, tmp_path: Path):
         load_published(tmp_path / "other.pt", "PKU-subject")
 
 
+@pytest.mark.parametrize("content", [torch.zeros(3), [torch.zeros(3)], {"SP.A_res": 1.0}, {"state_dict": 3}])
+def test_files_that_hold_no_state_dict(content: object, tmp_path: Path):
+    torch.save(content, tmp_path / "odd.pt")
+    with pytest.raises(PublishedWeightsError, match=r"odd\.pt holds no state_dict: expected tensors by name"):
+        load_published(tmp_path / "odd.pt", "PKU-subject")
+
+
+def test_files_that_torch_did_not_write(tmp_path: Path):
+    for content in (b"", b"hello, world\n", b"PK\x03\x04 nothing"):
+        (tmp_path / "text.pt").write_bytes(content)
+        with pytest.raises(PublishedWeightsError, match=r"text\.pt cannot be read as weights"):
+            load_published(tmp_path / "text.pt", "PKU-subject")
+    with pytest.raises(FileNotFoundError):
+        load_published(tmp_path / "none.pt", "PKU-subject")
+
+
 def test_size_of_the_published_configuration(tmp_path: Path):
     model = TRGNet(12, 52, SKELETONS["pku"].adjacency())
     save_published(model, tmp_path / "new.pt")

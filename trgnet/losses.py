@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from trgnet.kernels import boundary_loss, class_loss, frame_similarity
+from trgnet.kernels import boundary_loss, class_loss, frame_similarity, widened
 
 from .data.batch import Batch
 from .model import Output
@@ -81,8 +81,7 @@ class TRGLoss(nn.Module):
             raise ValueError(
                 "the network's output has no segment features: call model(x, mask, graph, segments)"
             )
-        f, labels = output.segment_features, batch.segments.label
-        f = f if f.dtype == torch.float64 else f.float()
+        f, labels = widened(output.segment_features), batch.segments.label
         return {
             "absolute": absolute_loss(f, labels, self.action_embeddings, output.logit_scale),
             "relative": relative_loss(f, labels, self.action_graph),

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from trgnet.kernels import (
     attention_layer,
     channel_dropout,
+    check_mask,
+    check_shapes,
     dilated_residual,
     dynamic_graph_conv,
     fusion_layer,
@@ -29,6 +31,7 @@ from trgnet.kernels import (
     multiscale_graph_conv,
     pointwise,
     segment_mean,
+    wide_dtype,
 )
 
 from .data.batch import Segments
@@ -136,8 +139,8 @@ class SpatialModule(nn.Module):
 
     def _graph(self, y: Tensor, mask: Tensor, joint_graph: Tensor) -> Tensor:
         """Channel-level graph (N, F, V, V) plus twice the joint graph: both levels start from it."""
-        frames = mask.sum(2).to(y.dtype).clamp(min=1)
-        mean = y.sum(3) / frames.unsqueeze(2)  # y is zero on padded frames
+        # y is zero on padded frames.
+        mean = y.sum(3, dtype=wide_dtype(y)) / mask.sum(2, keepdim=True).clamp(min=1)
         p, q = self.receive(mean), self.send(mean)
         relation = torch.tanh(p.unsqueeze(3) - q.unsqueeze(2))
         return (
@@ -437,13 +440,10 @@ class TRGNet(nn.Module):
             evaluation mode.
 
         Raises:
-            ValueError: an input whose channels or joints are not the network's.
+            ValueError: an input whose shape does not fit the network or the other inputs.
+            TypeError: the mask is not bool.
         """
-        if x.dim() != 4 or x.shape[1:3] != (self.in_channels, self.n_joints):
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}, expected (N, C, V, T) with C = {self.in_channels} "
-                f"channels and V = {self.n_joints} joints"
-            )
+        self._check_inputs(x, mask, joint_graph)
         x = x.masked_fill(~mask.unsqueeze(1), 0.0)
         seeds = self._seeds(x.device)
         feature = self.temporal(self.spatial(x, mask, joint_graph), mask, seeds)
@@ -454,6 +454,15 @@ class TRGNet(nn.Module):
         return Output(
             class_logits, boundary_logits, self._segment_features(feature, segments), self.logit_scale
         )
+
+    def _check_inputs(self, x: Tensor, mask: Tensor, joint_graph: Tensor) -> None:
+        if x.dim() != 4 or x.shape[1:3] != (self.in_channels, self.n_joints):
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, expected (N, C, V, T) with C = {self.in_channels} channels and "
+                f"V = {self.n_joints} joints"
+            )
+        check_shapes("TRGNet", x=(x, "N C V T"), mask=(mask, "N 1 T"), joint_graph=(joint_graph, "V V"))
+        check_mask("TRGNet", mask)
 
     def _seeds(self, device: torch.device) -> Iterator[Tensor | None]:
         """Dropout seeds of one forward pass from torch's generator, two per layer; None in evaluation."""

@@ -131,9 +131,7 @@ def load_published(path: str | os.PathLike[str], dataset: str | Skeleton) -> TRG
     missing, unexpected or of another shape, ValueError for an unknown dataset.
     """
     skeleton = dataset if isinstance(dataset, Skeleton) else _skeleton(dataset)
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
-    state = loaded.get("state_dict", loaded)
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    state = _read_state(path)
     model = _network_of(state, skeleton)
     model.load_state_dict(from_published(state, model))
     model.unread_weights = {name: tensor for name, tensor in state.items() if _UNREAD.match(name)}
@@ -155,6 +153,24 @@ def save_published(model: TRGNet, path: str | os.PathLike[str]) -> None:
             )
     with replacing(Path(path)) as temporary:
         torch.save({name: tensor.detach().cpu().clone() for name, tensor in state.items()}, temporary)
+
+
+def _read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever the unpickler meets in a file that is none of torch's
+        raise PublishedWeightsError(
+            f"{os.fspath(path)} cannot be read as weights that torch.save wrote: {error}"
+        ) from error
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise PublishedWeightsError(
+            f"{os.fspath(path)} holds no state_dict: expected tensors by name, got {type(state).__name__}; "
+            "write it with torch.save(model.state_dict(), path)"
+        )
+    return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
 
 
 def _skeleton(dataset: str) -> Skeleton:
