@@ -3,8 +3,8 @@
     z[n,c,u,t] = sum_v (graph[n,c,u,v] + beta * tanh(p[n,u,t] - q[n,v,t])) * x[n,c,v,t]
 
 ``graph`` (N, F, V, V) is constant over time: the channel-level adaptation and whatever static graph there
-is. The frame-level graph is a function of two numbers per joint and frame, so it is built block by block of
-frames, forward and backward, and no (N, T, V, V) tensor is formed.
+is. The frame-level graph is a function of two numbers per joint and frame, so it is built and forgotten block
+by block of frames, forward and backward: of its (N, T, V, V) elements, ``BLOCK_ELEMENTS`` exist at a time.
 
 Shapes: x (N, F, V, T), p and q (N, V, T), graph (N, F, V, V), beta (1,) -> z (N, F, V, T).
 Source: arXiv 2503.15126 (dynamic spatial modelling of DSFM); splitting it by what varies is ours.
