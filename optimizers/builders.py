@@ -12,6 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 OPTIMIZERS: tuple[str, ...] = ("adam", "adamw", "sgd")
 SCHEDULES: tuple[str, ...] = ("constant", "cosine", "linear", "step")
+SCHEDULES_OF_ALL_STEPS: tuple[str, ...] = ("cosine", "linear")
+"""Those under which another number of steps in all is another learning rate at every step."""
 
 
 def build_optimizer(

@@ -31,7 +31,11 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def printed_paths(capsys: pytest.CaptureFixture[str]) -> list[Path]:
-    return [Path(line) for line in capsys.readouterr().out.splitlines() if line.startswith("/")]
+    return paths_in(capsys.readouterr().out)
+
+
+def paths_in(output: str) -> list[Path]:
+    return [path for path in map(Path, output.splitlines()) if path.is_absolute()]
 
 
 def test_train_resume_evaluate_predict(tmp_path, capsys, tiny_overrides):
@@ -43,7 +47,7 @@ def test_train_resume_evaluate_predict(tmp_path, capsys, tiny_overrides):
     assert (
         "epoch 2/2" in output and "Test recordings" in output and "mean of" in output and "last 1" in output
     )
-    paths = [Path(line) for line in output.splitlines() if line.startswith("/")]
+    paths = paths_in(output)
     assert {path.name for path in paths} >= {"checkpoint.pt", "scores.csv", "curves.png", "s2_r1.png"}
     assert all(path.is_file() for path in paths)
     assert Run(run).config().data.name == "synthetic"
@@ -51,6 +55,8 @@ def test_train_resume_evaluate_predict(tmp_path, capsys, tiny_overrides):
     assert cli.main(["train", "--resume", str(run), "train.epochs=3"]) == 0
     assert "3 epochs from epoch 3 into" in capsys.readouterr().out
     assert len((run / "log.jsonl").read_text().splitlines()) == 3
+    assert cli.main(["train", "--resume", str(run)]) == 0
+    assert "finished after 3 epochs, writing the report into" in capsys.readouterr().out
 
     assert cli.main(["evaluate", str(run)]) == 0
     assert all(path.is_file() and path.is_relative_to(run / "evaluation") for path in printed_paths(capsys))
@@ -102,6 +108,34 @@ def test_predict_files(run, tmp_path, capsys):
     assert json.loads((out / "known.json").read_text())["frames"] == 7
 
 
+def test_names_are_shown_as_they_are(run, tmp_path, capsys):
+    """Neither formulas of matplotlib nor markup of rich."""
+    for name in ("a$^$", "[b]"):
+        file, out = tmp_path / f"{name}.npy", tmp_path / "out"
+        np.save(file, np.random.default_rng(0).normal(size=(3, 5, 20)))
+        assert cli.main(["predict", str(run), str(file), "--out", str(out)]) == 0
+        assert [path.name for path in printed_paths(capsys)] == [
+            f"{name}.{end}" for end in ("csv", "json", "png")
+        ]
+    (tmp_path / "[").mkdir()
+    moved = run.rename(tmp_path / "[" / "c]")
+    assert cli.main(["train", "--resume", str(moved)]) == 0
+    assert moved / "scores.csv" in printed_paths(capsys)
+
+
+def test_tables_are_whole_on_a_narrow_terminal(run, capsys, monkeypatch):
+    tables = []
+    for columns in ("200", "30"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert cli.main(["evaluate", str(run)]) == 0
+        # From the heading on: the title above it is wrapped to the width of the table.
+        lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+        tables.append(lines[next(i for i, line in enumerate(lines) if "score [%]" in line) :])
+    assert tables[0] == tables[1]
+    assert cli.main(["info"]) == 0
+    assert "…" not in capsys.readouterr().out
+
+
 def test_mistakes_are_one_line_and_exit_code_2(run, tmp_path, capsys):
     assert "did you mean 'train.epochs'?" in error_of(capsys, "train", "train.epoch=3")
     assert "unknown configuration 'mocap7'; did you mean 'mocap6'?" in error_of(
@@ -115,7 +149,10 @@ def test_mistakes_are_one_line_and_exit_code_2(run, tmp_path, capsys):
     assert "is neither a .npy or .npz file nor a recording" in error_of(capsys, "predict", run, "s9_r9")
     assert "No such file" in error_of(capsys, "predict", run, tmp_path / "none.npy")
     assert "several recordings are called s0_r0" in error_of(capsys, "predict", run, "s0_r0", "s0_r0")
-    assert "cannot be used here" in error_of(capsys, "predict", run, "s0_r0", "--device", "nonsense")
+    for device in ("nonsense", "meta"):
+        assert f" device={device} cannot be used here" in error_of(
+            capsys, "evaluate", run, "--device", device
+        )
 
 
 def test_no_validation_recordings_to_evaluate(tmp_path, capsys, tiny_overrides):
@@ -170,6 +207,8 @@ def test_info(capsys):
         (["evaluate", "run", "--split", "all"], "invalid choice: 'all'"),
         (["evaluate", "run", "more"], "unrecognized arguments: more"),
         (["train", "--epochs", "3"], "unrecognized arguments: --epochs"),
+        (["train", "--seed", "3"], "unrecognized arguments: --seed"),
+        (["--vers", "info"], "unrecognized arguments: --vers"),
     ],
 )
 def test_wrong_usage(capsys, arguments, message):

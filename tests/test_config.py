@@ -135,6 +135,25 @@ def test_faults_are_one_line_that_names_the_key(override, message):
     assert "\n" not in str(error.value)
 
 
+def test_faults_are_blamed_on_what_set_the_value(tmp_path: Path):
+    file = tmp_path / "my.yaml"
+    file.write_text("train:\n  epochs: 0\n")
+    with pytest.raises(UserError) as error:
+        load_config(file, ["train.seed=-1", "model.features=16", "optimizer.betas=[0.9, 1]"])
+    faults = str(error.value).split("; ")
+    assert [fault.rpartition(": input")[0] for fault in faults] == [
+        "override 'optimizer.betas=[0.9, 1]': optimizer.betas.1",
+        f"{file}: train.epochs",
+        "override 'train.seed=-1': train.seed",
+    ]
+    with pytest.raises(UserError, match="^override 'train.epoch=3': unknown key 'train.epoch'; did you"):
+        load_config("mocap6", ["train.epoch=3"])
+    with pytest.raises(
+        UserError, match="^mocap6 with train.epochs=3, schedule.warmup_epochs=4: schedule.war"
+    ):
+        load_config("mocap6", ["train.epochs=3", "schedule.warmup_epochs=4"])
+
+
 def test_unknown_name_lists_the_known_ones():
     with pytest.raises(
         UserError, match="unknown configuration 'mocap7'; did you mean 'mocap6'.*ends in .yaml"

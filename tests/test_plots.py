@@ -177,6 +177,17 @@ class TestCurves:
             plot_curves(tmp_path / "curves.png", records)
 
 
+@pytest.mark.parametrize("name", ["a$^$", "$", "$x$"])
+def test_names_are_no_formulas(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def parsed(*_: object) -> None:
+        raise AssertionError("a name was read as a formula")
+
+    monkeypatch.setattr("matplotlib.mathtext.MathTextParser.parse", parsed)
+    plot_timeline(tmp_path / "timeline.png", [(name, LABELS)], [name, f"{name}{name}"], 10.0, title=name)
+    plot_confusion(tmp_path / "confusion.png", np.eye(2, dtype=int), [name, f"{name}{name}"])
+    plot_curves(tmp_path / "curves.png", [{"epoch": 1, f"loss/{name}": 1.0, f"{name}/refined/edit": 1.0}])
+
+
 def test_a_failed_write_leaves_the_old_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "curves.png"
     plot_curves(path, [{"epoch": 1, "loss/total": 1.0}])

@@ -43,6 +43,17 @@ def test_seeds_must_be_different(seeds, tiny, silent, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_every_seed_and_folder_is_checked_before_the_first_training(tiny, silent, tmp_path):
+    with pytest.raises(UserError, match="override 'train.seed=-1': train.seed: input should be greater"):
+        train_seeds(tiny(), [0, -1], out=tmp_path / "runs", console=silent)
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "runs" / "seed1").mkdir(parents=True)
+    (tmp_path / "runs" / "seed1" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="seed1 is not empty"):
+        train_seeds(tiny(), [0, 1], out=tmp_path / "runs", console=silent)
+    assert not (tmp_path / "runs" / "seed0").exists()
+
+
 def test_seeds_do_not_go_with_resume(capsys, run_copy):
     assert cli.main(["train", "--resume", str(run_copy), "--seeds", "0,1"]) == 2
     assert "--resume takes everything from the run" in capsys.readouterr().err

@@ -21,7 +21,7 @@ from trgnet.runs import Run
 from trgnet.trainer import (
     EpochBatches,
     LossWatch,
-    NonFiniteLoss,
+    NonFiniteTraining,
     Trainer,
     boundary_weight,
     median_frequency_weights,
@@ -225,6 +225,80 @@ def test_interrupted_training_continues_as_if_nothing_had_happened(
     assert_same_training(uninterrupted, tmp_path / "run")
 
 
+def test_weights_lost_after_the_checkpoint_are_written_again(run_copy, trained, silent):
+    for name in ("model.safetensors", "best.safetensors"):
+        (run_copy / name).unlink()
+    events = sorted((run_copy / "tensorboard").iterdir())
+    resume(run_copy, console=silent)
+    assert_same_training(run_copy, trained.path)
+    assert_equal(load_file(run_copy / "best.safetensors"), load_file(trained.path / "best.safetensors"))
+    assert sorted((run_copy / "tensorboard").iterdir()) == events
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_a_schedule_of_all_steps_cannot_be_extended(tmp_path, tiny, silent, schedule):
+    run = train(
+        tiny(f"schedule.name={schedule}", "train.epochs=1"), out=tmp_path / "run", console=silent
+    ).path
+    with pytest.raises(
+        UserError, match=f"cannot change from 1 to 2: with schedule.name={schedule} the learn"
+    ):
+        resume(run, ["train.epochs=2"], console=silent)
+    assert Run(run).config().train.epochs == 1
+
+
+@pytest.mark.parametrize("schedule", ["constant", "step"])
+def test_other_schedules_are_extended_to_the_longer_training(tmp_path, tiny, silent, schedule):
+    settings = (
+        f"schedule.name={schedule}",
+        "schedule.step_epochs=1",
+        "schedule.warmup_epochs=1",
+        "data.test=[]",
+    )
+    train(tiny(*settings, "train.epochs=3"), out=tmp_path / "whole", console=silent)
+    train(tiny(*settings, "train.epochs=2"), out=tmp_path / "parts", console=silent)
+    resume(tmp_path / "parts", ["train.epochs=3"], console=silent)
+    assert_equal(Run(tmp_path / "whole").checkpoint(), Run(tmp_path / "parts").checkpoint())
+
+
+def test_only_epochs_with_scores_are_averaged_and_counted(tmp_path, tiny):
+    screen = io.StringIO()
+    settings = ("train.epochs=2", "train.final_epochs=1", "train.evaluate_every=9")
+    train(tiny(*settings), out=tmp_path / "run", console=Console(file=screen))
+    result = resume(
+        tmp_path / "run", ["train.epochs=3", "train.final_epochs=3"], console=Console(file=screen)
+    )
+    assert json.loads((tmp_path / "run" / "scores.json").read_text())["final_epochs"] == 2
+    assert "last 1" in screen.getvalue() and "last 2" in screen.getvalue()
+    key = "test/refined/accuracy"
+    values = [record[key] for record in log_of(tmp_path / "run") if key in record]
+    mean = result.scores["test"]["mean_of_final_epochs"]["refined/accuracy"]
+    assert len(values) == 2 and mean == pytest.approx(sum(values) / 2)
+
+
+def test_a_training_leaves_the_callers_generator_alone(tmp_path, tiny, silent):
+    before = torch.manual_seed(7).get_state()
+    train(tiny("train.epochs=1"), out=tmp_path / "run", console=silent)
+    assert torch.equal(torch.get_rng_state(), before)
+    resume(tmp_path / "run", ["train.epochs=2"], console=silent)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_cudnn_is_deterministic_during_a_training_only(make_trainer, monkeypatch):
+    cudnn, step, seen = torch.backends.cudnn, Trainer._step, []
+
+    def watched(self, *arguments):
+        seen.append((cudnn.deterministic, cudnn.benchmark))
+        step(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_step", watched)
+    monkeypatch.setattr(cudnn, "deterministic", False)
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    make_trainer("train.epochs=1").fit()
+    assert set(seen) == {(True, False)}
+    assert (cudnn.deterministic, cudnn.benchmark) == (False, True)
+
+
 def test_failed_write_leaves_the_checkpoint_before(run_copy, monkeypatch):
     before = (run_copy / "checkpoint.pt").read_bytes()
 
@@ -388,10 +462,38 @@ def overflowing(trainer: Trainer, index: int) -> str:
 def test_non_finite_loss_stops_before_the_step_and_names_the_batch(make_trainer):
     trainer = make_trainer("train.batch_size=1", "augment.occlusion=0", "augment.rotation=0")
     name = overflowing(trainer, 2)
-    with pytest.raises(NonFiniteLoss, match=rf"in epoch 1, step \d .*in the batch of {name}; look at"):
+    with pytest.raises(NonFiniteTraining, match=rf"in epoch 1, step \d .*in the batch of {name}; look at"):
         trainer.fit()
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
     assert not (trainer.run.path / "checkpoint.pt").exists()
+
+
+def test_a_last_step_that_loses_the_weights_is_no_success(make_trainer):
+    trainer = make_trainer("train.epochs=1", "train.batch_size=8", "data.test=[]", "optimizer.lr=1e30")
+    with pytest.raises(
+        NonFiniteTraining, match="norm of the weights is not finite after epoch 1, step 1, whose"
+    ):
+        trainer.fit()
+    assert not (trainer.run.path / "checkpoint.pt").exists()
+    assert not (trainer.run.path / "model.safetensors").exists()
+
+
+def test_the_checkpoint_before_stays_when_weights_are_lost(make_trainer, monkeypatch):
+    trainer, step = make_trainer(), Trainer._step
+
+    def broken(self, group, watch):
+        step(self, group, watch)
+        if self.step == 2 * self.steps_per_epoch:  # the last one of the second epoch
+            next(self.model.parameters()).data[0] = torch.nan
+            self.last_names = group[-1].names
+
+    monkeypatch.setattr(Trainer, "_step", broken)
+    with pytest.raises(NonFiniteTraining) as error:
+        trainer.fit()
+    assert f"epoch 2, step 6, whose last batch was {', '.join(trainer.last_names)}; look" in str(error.value)
+    assert trainer.run.checkpoint()["epoch"] == 1
+    assert [record["epoch"] for record in log_of(trainer.run.path)] == [1]
+    assert all(tensor.isfinite().all() for tensor in load_file(trainer.run / "model.safetensors").values())
 
 
 def test_losses_are_read_every_few_batches_and_the_first_bad_one_is_named(tiny):
@@ -407,7 +509,7 @@ def test_losses_are_read_every_few_batches_and_the_first_bad_one_is_named(tiny):
 
     bad = [1.0, torch.inf, torch.nan]
     with pytest.raises(
-        NonFiniteLoss, match=r"epoch 4, step 4 \(total inf, boundary inf\), in the batch of s0_r1, s1_r0;"
+        NonFiniteTraining, match=r"epoch 4, step 4 \(total inf, boundary inf\), in the batch of s0_r1, s1_r0;"
     ):
         for step, value in enumerate(bad, start=3):
             terms = {"total": torch.tensor(value), "boundary": torch.tensor(value)}
@@ -431,6 +533,8 @@ def test_bf16_keeps_weights_in_fp32_and_trains(tmp_path, tiny, silent):
     [
         ("train.precision=fp16", "fp16 needs a GPU; on a CPU use train.precision=bf16 or fp32"),
         ("train.device=nonsense", "train.device=nonsense cannot be used here"),
+        ("train.device=meta", "train.device=meta cannot be used here: .* meta"),
+        ("data.options.frames=2.5", "frames must be an integer, got 2.5"),
         ("data.name=mocap7", "no data set 'mocap7'"),
         ("data.options.colour=red", "has no option colour"),
         ("data.test=[s9_r9]", "has no recording s9_r9"),

@@ -59,7 +59,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="trgnet", description="Human action segmentation of skeleton sequences with TRG-Net."
+        prog="trgnet",
+        description="Human action segmentation of skeleton sequences with TRG-Net.",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"trgnet {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -120,7 +122,9 @@ def _parser() -> argparse.ArgumentParser:
 def _command(
     commands: argparse._SubParsersAction, name: str, run: Command, text: str
 ) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    # Without abbreviations: --seed would be --seeds, which is something else than train.seed.
+    description = f"{text[0].upper()}{text[1:]}."
+    parser = commands.add_parser(name, help=text, description=description, allow_abbrev=False)
     parser.set_defaults(command=run)
     return parser
 
@@ -167,13 +171,13 @@ def _integers(text: str) -> list[int]:
 def _evaluate(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from .evaluation import evaluate, score_table, write_report, write_scores
+    from .evaluation import evaluate, print_table, score_table, write_report, write_scores
     from .predictor import load
     from .runs import Run
-    from .trainer import pick_device, read_dataset
+    from .trainer import read_dataset
 
     run = Run.open(options.run)
-    predictor = load(options.run, weights=options.weights, device=str(pick_device(options.device)))
+    predictor = load(options.run, weights=options.weights, device=options.device)
     names = predictor.info.recordings[options.split]
     if not names:
         raise UserError(f"run {options.run} has no {options.split} recordings")
@@ -183,22 +187,17 @@ def _evaluate(options: argparse.Namespace) -> None:
     facts = {"run": str(options.run), "weights": options.weights}
     written = write_scores(out, {options.split: {options.weights: evaluation.scores}}, facts)
     written += write_report(out, evaluation, predictor.classes)
-    console = Console()
-    console.print(
-        score_table(
-            f"{options.split}: {', '.join(names)}", {f"{options.weights}\nweights": evaluation.scores}
-        )
-    )
+    columns = {f"{options.weights}\nweights": evaluation.scores}
+    print_table(Console(), score_table(f"{options.split}: {', '.join(names)}", columns))
     _list(written)
 
 
 def _predict(options: argparse.Namespace) -> None:
     from .predictor import load
     from .runs import Run
-    from .trainer import pick_device
 
     run = Run.open(options.run)
-    predictor = load(options.run, weights=options.weights, device=str(pick_device(options.device)))
+    predictor = load(options.run, weights=options.weights, device=options.device)
     recordings = _recordings(options.recordings, run)
     predictions = [predictor.predict(recording) for recording in recordings]
     out = options.out or run / "predictions"
@@ -252,6 +251,7 @@ def _info(options: argparse.Namespace) -> None:
 
     from trgnet.kernels import BACKENDS, current_backend, operator_table
 
+    from .evaluation import print_table
     from .runs import versions
 
     table = Table(show_header=False, box=None)
@@ -272,7 +272,9 @@ def _info(options: argparse.Namespace) -> None:
     for name, backends in operator_table():
         operators.add_row(name, *("yes" if backend in backends else "-" for backend in columns))
     console = Console()
-    console.print(table, "", operators)
+    print_table(console, table)
+    console.print()
+    print_table(console, operators)
 
 
 def _list(paths: Sequence[Path]) -> None:

@@ -155,7 +155,7 @@ class TrainConfig(Section):
 class RefineConfig(Section):
     """Refinement of the frame labels by the predicted boundaries."""
 
-    threshold: float = Field(0.5, gt=0.0, lt=1.0, description="Probability above which a peak is a boundary.")
+    threshold: float = Field(0.5, gt=0.0, lt=1.0, description="Probability from which a peak is a boundary.")
 
 
 class Config(Section):
@@ -206,7 +206,7 @@ def load_config(name_or_path: str | Path | None = None, overrides: Sequence[str]
     values = {} if name_or_path is None else _parse(_read(name_or_path), source)
     for override in overrides:
         _apply(values, override)
-    return config_from_dict(values, source)
+    return _validated(values, source, overrides)
 
 
 def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
@@ -214,16 +214,35 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     values = config.model_dump(mode="json")
     for override in overrides:
         _apply(values, override)
-    return config_from_dict(values)
+    return _validated(values, "configuration", overrides)
 
 
 def config_from_dict(values: Mapping[str, Any], source: str = "configuration") -> Config:
     """Validate nested dictionaries; a fault is a :class:`UserError` that names `source` and the key."""
+    return _validated(values, source, ())
+
+
+def _validated(values: Mapping[str, Any], source: str, overrides: Sequence[str]) -> Config:
+    """The configuration; a fault names the overrides that it is of, or else `source`."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        faults = "; ".join(_fault(fault) for fault in error.errors(include_url=False))
-        raise UserError(f"{source}: {faults}") from error
+        faults = error.errors(include_url=False)
+        listed = "; ".join(f"{_origin(fault['loc'], source, overrides)}: {_fault(fault)}" for fault in faults)
+        raise UserError(listed) from error
+
+
+def _origin(place: Sequence[str | int], source: str, overrides: Sequence[str]) -> str:
+    """Where the value at `place` comes from: the overrides of it, of a part of it or of its section."""
+    if not place:  # several sections do not fit together
+        return f"{source} with {', '.join(overrides)}" if overrides else source
+
+    def concerns(override: str) -> bool:
+        key = override.partition("=")[0].split(".")
+        return all(mine == str(its) for mine, its in zip(key, place))
+
+    concerned = [repr(override) for override in overrides if concerns(override)]
+    return f"override {', '.join(concerned)}" if concerned else source
 
 
 def save_config(config: Config, path: str | Path) -> None:

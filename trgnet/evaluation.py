@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .data import Recording
 from .files import write_csv, write_json
@@ -62,7 +64,13 @@ def score_table(
     def cell(scores: Mapping[str, Any], key: str) -> str:
         return shown(scores[key]) if key in scores else "-"
 
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(
+        title=Text(title, "table.title"),
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("score [%]", no_wrap=True, vertical="bottom")
     for name in columns:
         table.add_column(f"{name}\nbefore", justify="right", vertical="bottom")
@@ -77,6 +85,13 @@ def score_table(
         cells = [text for scores in columns.values() for text in (cell(scores, f"boundary/{name}"), "")]
         table.add_row(f"boundary {name}", *cells)
     return table
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table as wide as it is, even where the console is narrower, instead of leaving digits out."""
+    unlimited = console.options.update(width=1_000_000)
+    table.width = console.measure(table, options=unlimited).maximum
+    console.print(table, crop=False)
 
 
 def write_scores(

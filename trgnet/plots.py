@@ -18,6 +18,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator
 
 from .data import IGNORE
@@ -381,6 +382,8 @@ def _ink_on(color: Color) -> str:
 
 
 def _save(figure: Figure, path: str | Path) -> None:
+    for text in figure.findobj(Text):  # names come from data: a "$" in them starts no formula
+        text.set_parse_math(False)
     with replacing(path) as partial:
         figure.savefig(
             partial, format="png", dpi=_DPI, bbox_inches="tight", pad_inches=0.1, metadata={"Software": None}

@@ -147,8 +147,8 @@ class Predictor:
             name: name of the recording, when only features are given.
 
         Raises:
-            UserError: wrong number of axes, channels or joints, no frame, values that are not finite, or
-                labels that are no classes of the network.
+            UserError: wrong number of axes, channels or joints, no frame, values that are not finite or
+                too large for the network, or labels that are no classes of it.
         """
         if not isinstance(recording, Recording):
             recording = recording_from(recording, name=name)
@@ -176,9 +176,14 @@ class Predictor:
         finally:
             self.model.train(was_training)
         frames = slice(0, recording.length)
-        return class_logits[0, :, frames].float().cpu().numpy(), boundary_logits[
-            0, 0, frames
-        ].float().cpu().numpy()
+        logits = [output[0, :, frames].float().cpu().numpy() for output in (class_logits, boundary_logits)]
+        if not all(np.isfinite(array).all() for array in logits):
+            raise UserError(
+                f"the network's output for recording {recording.name!r} is not finite; its features reach "
+                f"{np.abs(recording.features).max():.3g}: prepare them as those of the training data, or, if "
+                "they are, train the network anew with a lower optimizer.lr"
+            )
+        return logits[0], logits[1][0]
 
     def _check(self, recording: Recording) -> None:
         got, expected = recording.features.shape[:2], (self.info.channels, len(self.info.skeleton))
@@ -240,13 +245,41 @@ def read_recording(path: str | Path) -> Recording:
             f"{path}: expected a file that ends in .npy (features) or .npz (features, and labels if any)"
         )
     with reading(f"recording {path}"):
+        return recording_from(**_arrays(path), name=path.stem)
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays "features" and, if any, "labels" of a file."""
+    try:
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
-            return recording_from(loaded, name=path.stem)
+            return {"features": loaded}
         with loaded as arrays:
             if "features" not in arrays:
-                raise UserError(f"{path} has no array 'features'; it has {', '.join(arrays) or 'none'}")
-            return recording_from(arrays["features"], arrays.get("labels"), name=path.stem)
+                raise KeyError(f"the file has no array 'features'; it has {', '.join(arrays) or 'none'}")
+            return {name: arrays[name] for name in ("features", "labels") if name in arrays}
+    except ValueError as error:  # whose text often is to allow pickles, which may run any program
+        raise ValueError(
+            "the file is damaged or holds something else than arrays of numbers; write it with "
+            "numpy.save(file, features) or numpy.savez(file, features=features, labels=labels)"
+        ) from error
+
+
+def pick_device(name: str, option: str = "device") -> torch.device:
+    """The device of torch of that name; "auto" is a GPU where there is one.
+
+    Raises:
+        UserError: nothing can be computed on it here; names `option`.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.ones(2, device=device).sum().item()  # some devices can be made, but hold or compute nothing
+    except (RuntimeError, AssertionError, ImportError) as error:  # each for another kind of missing device
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise UserError(f"{option}={name} cannot be used here: {reason}") from error
+    return device
 
 
 def load(run: str | Path, *, weights: str = "last", device: str = "cpu") -> Predictor:
@@ -255,17 +288,17 @@ def load(run: str | Path, *, weights: str = "last", device: str = "cpu") -> Pred
     Args:
         run: folder that a training wrote; nothing else is needed.
         weights: ``"last"``, or ``"best"`` for those that scored best on the validation recordings.
-        device: device of torch to run on.
+        device: device of torch to run on; "auto" is a GPU where there is one.
 
     Raises:
-        UserError: no run folder, damaged files, or weights that the run does not have.
+        UserError: no run folder, damaged files, weights that the run does not have, or no such device here.
     """
     if weights not in WEIGHTS:
         raise UserError(f"unknown weights {weights!r}: expected {' or '.join(WEIGHTS)}")
     folder = Run.open(run)
     config = folder.config()
     return Predictor(
-        folder.model(weights).to(device),
+        folder.model(weights).to(pick_device(device)),
         folder.info(),
         folder.text().joint_graph(),
         threshold=config.refine.threshold,

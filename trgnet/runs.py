@@ -11,8 +11,12 @@ A run holds::
     log.jsonl               one line per epoch
     tensorboard/            the same for TensorBoard
     curves.png  scores.json  scores.csv  confusion.csv  confusion.png  timelines/
+    evaluation/             what `trgnet evaluate` writes, by split and weights
+    predictions/            what `trgnet predict` writes
 
-Every file is written to a temporary name first, and read without executing anything that it holds.
+Files are written to a temporary name first, except for log.jsonl, to which lines are added, and tensorboard/,
+which its own writer fills; a continued training writes the log anew from its checkpoint. Nothing that a file
+holds is executed when it is read.
 """
 
 from __future__ import annotations
@@ -134,12 +138,8 @@ class Run:
             UserError: there is something in the folder already.
         """
         run = cls(path)
+        run.check_unused()
         with reading(f"run folder {path}"):
-            if run.path.exists() and any(run.path.iterdir()):
-                raise UserError(
-                    f"run folder {path} is not empty; choose another with --out, or continue it with "
-                    f"--resume {path}"
-                )
             run.path.mkdir(parents=True, exist_ok=True)
         with replacing(run / "prior.npz") as partial:
             np.savez(partial, joints=text.joints, actions=text.actions)
@@ -162,6 +162,15 @@ class Run:
                 "trgnet train"
             )
         return run
+
+    def check_unused(self) -> None:
+        """Raise a UserError if there is something in the folder already."""
+        with reading(f"run folder {self.path}"):
+            if self.path.exists() and any(self.path.iterdir()):
+                raise UserError(
+                    f"run folder {self.path} is not empty; choose another with --out, or continue it with "
+                    f"--resume {self.path}"
+                )
 
     def __truediv__(self, name: str) -> Path:
         """The path of a file of the run."""
@@ -205,11 +214,10 @@ class Run:
         """
         path = self / WEIGHTS[which]
         if not path.is_file():
-            reason = {
-                "last": "it has no checkpoint yet; train it to its first with --resume",
-                "best": "it was trained without validation recordings; use the weights 'last'",
-            }
-            raise UserError(f"run {self.path} has no {path.name}: {reason[which]}")
+            reason = "continue the training with --resume, which writes it at the latest when it ends"
+            if which == "best" and not self.info().recordings["validation"]:
+                reason = "it was trained without validation recordings; use the weights 'last'"
+            raise UserError(f"run {self.path} has no {path.name}: {reason}")
         model = build_model(self.config(), self.info())
         try:
             model.load_state_dict(safetensors.torch.load_file(path))

@@ -12,8 +12,9 @@ from rich.console import Console
 
 from .config import Config, load_config, with_overrides
 from .errors import UserError
-from .evaluation import Scores, score_table
+from .evaluation import Scores, print_table, score_table
 from .files import write_json
+from .runs import Run
 from .trainer import Result, train
 
 
@@ -48,26 +49,26 @@ def train_seeds(
         part of the data ("test") -> which weights ("last_epoch", "mean_of_final_epochs", ...) -> score -> spread.
 
     Raises:
-        UserError: no seed, or one twice; and whatever :func:`trgnet.trainer.train` raises.
+        UserError: no seed, one twice, one below 0, or one whose folder is in use, all before the first
+            training; and whatever :func:`trgnet.trainer.train` raises.
     """
     config = config if isinstance(config, Config) else load_config(config)
     console = console or Console()
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds must be different numbers, at least one; got {list(seeds)}")
     out = Path(out if out is not None else f"runs/{config.data.name}-{datetime.now():%Y%m%d-%H%M%S}")
-    results = [
-        train(with_overrides(config, [f"train.seed={seed}"]), out=out / f"seed{seed}", console=console)
-        for seed in seeds
-    ]
+    configs = {out / f"seed{seed}": with_overrides(config, [f"train.seed={seed}"]) for seed in seeds}
+    for folder in configs:
+        Run(folder).check_unused()
+    results = [train(one, out=folder, console=console) for folder, one in configs.items()]
     spreads = _spreads(results)
     for part, columns in spreads.items():
         headings = {name.replace("_", " "): scores for name, scores in columns.items()}
         listed = ", ".join(map(str, seeds))
-        console.print(
-            score_table(f"{part}: mean ± standard deviation over the seeds {listed}", headings, str)
-        )
+        title = f"{part}: mean ± standard deviation over the seeds {listed}"
+        print_table(console, score_table(title, headings, str))
     write_json(out / "seeds.json", {"seeds": list(seeds), **_plain(spreads)})
-    console.print(str(out / "seeds.json"), highlight=False, soft_wrap=True)
+    console.out(out / "seeds.json", highlight=False)
     return spreads
 
 

@@ -6,12 +6,12 @@ The loop is the usual one. Three things deserve a word:
   augmentation of a recording from one of (seed, epoch, recording); neither has a state to save, and worker
   processes change nothing. What has a state (weights, optimizer, schedule, scaler, torch's generators,
   history) is in one checkpoint, and every other file of the run is derived from it. So a continued training
-  is the uninterrupted one.
+  is the uninterrupted one. On a GPU, cuDNN is kept to its deterministic algorithms.
 * **The test recordings choose nothing.** Scores are reported of the last epoch, as the mean over the final
   epochs, and, where recordings were held out for validation, of the epoch that scored best on those.
-* **A loss that is not finite stops the training** and names the batch: before the step on a CPU; on a GPU,
-  where each look at the loss waits for the device, within `train.log_every` steps and always before a
-  checkpoint.
+* **Numbers that are not finite stop the training**, and the batch is named: a loss before the step on a CPU,
+  and on a GPU, where each look at it waits for the device, within `train.log_every` steps; the weights at the
+  end of the epoch, as no loss has seen what the last step made of them. Nothing is evaluated or saved then.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import math
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import islice
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from trgnet.optimizers import build_optimizer, build_schedule
+from trgnet.optimizers import SCHEDULES_OF_ALL_STEPS, build_optimizer, build_schedule
 
 from .config import AugmentConfig, Config, differing_keys, load_config, save_config, with_overrides
 from .data import IGNORE, Batch, Dataset, Recording, Split, augment, collate, load_dataset
 from .errors import UserError, reading
-from .evaluation import Evaluation, Scores, evaluate, score_table, write_report, write_scores
+from .evaluation import Evaluation, Scores, evaluate, print_table, score_table, write_report, write_scores
 from .losses import TRGLoss
 from .plots import plot_curves
-from .predictor import Predictor
+from .predictor import Predictor, pick_device
 from .progress import TrainingProgress
 from .runs import Run, RunInfo, build_model
 
@@ -53,11 +53,19 @@ CHANGEABLE = (
     "train.epochs", "train.device", "train.log_every", "train.evaluate_every", "train.final_epochs",
     "train.checkpoint_every", "train.workers",
 )  # fmt: skip
-"""Configuration keys that a continued training may change: none of them alters a step that is behind."""
+"""Configuration keys that a continued training may change: none of them alters a step that is behind.
+
+`train.epochs` would under the schedules that depend on the number of all steps; there it is refused too.
+"""
+
+REMEDIES = (
+    "look at these recordings, lower optimizer.lr, set train.clip_norm=1, or use train.precision=fp32; "
+    "the run folder keeps the checkpoint before"
+)
 
 
-class NonFiniteLoss(UserError):
-    """The loss became NaN or infinite."""
+class NonFiniteTraining(UserError):
+    """The loss or the weights became NaN or infinite."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -80,7 +88,7 @@ class Result:
 def train(
     config: Config | str | Path = "mocap6", *, out: str | Path | None = None, console: Console | None = None
 ) -> Result:
-    """Train a network.
+    """Train a network. The state of torch's generators is afterwards what it was before.
 
     Args:
         config: a configuration, or the name or file of one.
@@ -89,15 +97,20 @@ def train(
 
     Raises:
         UserError: a configuration, data or folder that cannot be used.
-        NonFiniteLoss: the loss became NaN or infinite.
+        NonFiniteTraining: the loss or the weights became NaN or infinite.
     """
     config = config if isinstance(config, Config) else load_config(config)
     out = out if out is not None else Path("runs") / f"{config.data.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    return Trainer.start(config, out, console).fit()
+    with _callers_generators_kept():
+        return Trainer.start(config, out, console).fit()
 
 
 def resume(run: str | Path, overrides: Sequence[str] = (), *, console: Console | None = None) -> Result:
     """Continue a training from its last checkpoint, exactly as if it had not been interrupted.
+
+    Of a finished training the weights and the report are written again. Where one goes on to more epochs,
+    those that it evaluated as its final ones stay evaluated. The state of torch's generators is afterwards
+    what it was before.
 
     Args:
         run: its folder.
@@ -106,9 +119,10 @@ def resume(run: str | Path, overrides: Sequence[str] = (), *, console: Console |
 
     Raises:
         UserError: no run folder, damaged files, other data, or an override that would change what is behind.
-        NonFiniteLoss: the loss became NaN or infinite.
+        NonFiniteTraining: the loss or the weights became NaN or infinite.
     """
-    return Trainer.restart(Run.open(run), overrides, console).fit()
+    with _callers_generators_kept():
+        return Trainer.restart(Run.open(run), overrides, console).fit()
 
 
 class Trainer:
@@ -120,7 +134,7 @@ class Trainer:
         settings = config.train
         self.config, self.run, self.info = config, run, info
         self.console = console or Console()
-        self.device = pick_device(settings.device)
+        self.device = pick_device(settings.device, option="train.device")
         if settings.precision == "fp16" and self.device.type == "cpu":
             raise UserError("train.precision=fp16 needs a GPU; on a CPU use train.precision=bf16 or fp32")
         split = split_dataset(dataset, config)
@@ -169,25 +183,40 @@ class Trainer:
         trainer = cls(config, dataset, run, info, console)
         if checkpoint is not None:
             trainer._restore(checkpoint)
-        if config.train.epochs != saved.train.epochs and config.train.epochs <= trainer.epoch:
-            raise UserError(
-                f"{trainer.epoch} epochs are trained already, so train.epochs={config.train.epochs} leaves "
-                "nothing to do; ask for more"
-            )
+        if config.train.epochs != saved.train.epochs:
+            trainer._check_new_length(saved.train.epochs)
         save_config(config, run / "config.yaml")
         return trainer
+
+    def _check_new_length(self, before: int) -> None:
+        epochs, schedule = self.config.train.epochs, self.config.schedule.name
+        if self.epoch and schedule in SCHEDULES_OF_ALL_STEPS:
+            raise UserError(
+                f"train.epochs cannot change from {before} to {epochs}: with schedule.name={schedule} the "
+                f"learning rate of every step depends on the number of all steps, and {self.epoch} epochs "
+                "are trained already; finish this training as it is, or start a new one of the length you want"
+            )
+        if epochs <= self.epoch:
+            raise UserError(
+                f"{self.epoch} epochs are trained already, so train.epochs={epochs} leaves nothing to do; "
+                "ask for more"
+            )
 
     def fit(self) -> Result:
         """Train to the last epoch, save, report.
 
         Raises:
             Interrupted: by Ctrl-C; the run folder is that of the last checkpoint.
-            NonFiniteLoss: the loss became NaN or infinite.
+            NonFiniteTraining: the loss or the weights became NaN or infinite.
         """
         self.run.write_log(self.history)
+        if self.saved_epoch:  # what ended before it had written them may have left others, or none
+            self._save_weights()
         self._announce()
         try:
-            self._train_epochs()
+            if self.epoch < self.config.train.epochs:
+                with _deterministic_cudnn():
+                    self._train_epochs()
             return self._report()
         except KeyboardInterrupt as interrupt:
             command = f"trgnet train --resume {shlex.quote(str(self.run.path))}"
@@ -227,6 +256,7 @@ class Trainer:
             seconds = time.perf_counter() - started
             progress.step(watch.batches / len(self.batches), watch.latest, watch.frames / seconds)
         watch.look()
+        self._check_weights(watch.recordings)
         seconds = time.perf_counter() - started
         return {
             "epoch": self.epoch,
@@ -262,6 +292,17 @@ class Trainer:
         self.step += 1
         if self.scaler.get_scale() >= scale:  # a lowered scale says that the step was skipped
             self.schedule.step()
+
+    @torch.no_grad()
+    def _check_weights(self, recordings: Sequence[str]) -> None:
+        """Stop if the norm of all weights is not finite; `recordings` are those of the last batch."""
+        tensors = chain(self.model.parameters(), self.model.buffers())
+        norm = torch.nn.utils.get_total_norm([tensor for tensor in tensors if tensor.is_floating_point()])
+        if not norm.isfinite():
+            raise NonFiniteTraining(
+                f"the norm of the weights is not finite after epoch {self.epoch}, step {self.step}, whose "
+                f"last batch was {', '.join(recordings)}; {REMEDIES}"
+            )
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.train.precision]
@@ -299,7 +340,7 @@ class Trainer:
     def _summary(self, part: str) -> dict[str, Scores]:
         """Scores of `part` by the three ways of choosing weights, from the history."""
         names = [key for key in self.history[-1] if key.startswith(f"{part}/")]
-        final = [record for record in self.history[-self.config.train.final_epochs :] if names[0] in record]
+        final = self._final_records()
         columns = {
             "last_epoch": self.history[-1],
             "mean_of_final_epochs": {name: math.fsum(r[name] for r in final) / len(final) for name in names},
@@ -310,6 +351,15 @@ class Trainer:
             column: {name.removeprefix(f"{part}/"): record[name] for name in names}
             for column, record in columns.items()
         }
+
+    def _final_records(self) -> list[dict[str, float]]:
+        """The records that are averaged: the last `final_epochs`, or those since an epoch without scores.
+
+        Such an epoch is among them when a training was continued to more epochs than it had been meant for.
+        """
+        key = f"{next(iter(self.parts))}/{SELECTED_BY}"
+        last = self.history[-self.config.train.final_epochs :]
+        return list(takewhile(lambda record: key in record, reversed(last)))
 
     # State and files
 
@@ -345,9 +395,12 @@ class Trainer:
             raise UserError(f"{self.run / 'checkpoint.pt'} is not of this training: {error}") from error
 
     def _save(self) -> None:
-        """Write the checkpoint, then the weights taken from it."""
+        """Write the checkpoint, then the weights that are in it."""
         self.run.save_checkpoint(self._state())
         self.saved_epoch = self.epoch
+        self._save_weights()
+
+    def _save_weights(self) -> None:
         self.run.save_weights(self.model.state_dict())
         if self.best is not None:
             self.run.save_weights(self.best["weights"], "best")
@@ -367,19 +420,19 @@ class Trainer:
         plot_curves(run / "curves.png", self.history)
         written.append(run / "curves.png")
         if scores:
-            facts = {"epochs": last["epoch"], "final_epochs": min(self.config.train.final_epochs, self.epoch)}
+            facts = {"epochs": last["epoch"], "final_epochs": len(self._final_records())}
             facts |= {"best_epoch": self.best["epoch"]} if self.best is not None else {}
             written += write_scores(run, scores, facts)
         if "test" in self.parts:
             written += write_report(run, self._evaluation("test"), self.info.classes)
-            self.console.print(score_table("Test recordings", self._headed(scores["test"])))
+            print_table(self.console, score_table("Test recordings", self._headed(scores["test"])))
         for path in written:
-            self.console.print(str(path), highlight=False, soft_wrap=True)
+            self.console.out(path, highlight=False)
         return Result(run, scores)
 
     def _headed(self, summary: dict[str, Scores]) -> dict[str, Scores]:
         """The summary under headings for people."""
-        averaged = min(self.config.train.final_epochs, self.epoch)
+        averaged = len(self._final_records())
         headings = {"last_epoch": "last\nepoch", "mean_of_final_epochs": f"mean of\nlast {averaged}"}
         if self.best is not None:
             headings["best_on_validation"] = f"best on\nvalidation\nepoch {self.best['epoch']}"
@@ -389,11 +442,13 @@ class Trainer:
         settings, parameters = self.config.train, sum(p.numel() for p in self.model.parameters())
         counts = ", ".join(f"{len(names)} {part}" for part, names in self.info.recordings.items() if names)
         start = f"from epoch {self.epoch + 1} " if self.epoch else ""
-        self.console.print(
+        task = f"{settings.epochs} epochs {start}into {self.run.path}"
+        if self.epoch >= settings.epochs:
+            task = f"finished after {self.epoch} epochs, writing the report into {self.run.path} again"
+        self.console.out(
             f"{self.info.dataset}: {counts} recordings; {parameters:,} parameters; {self.device.type}, "
-            f"{settings.precision}; {settings.epochs} epochs {start}into {self.run.path}",
+            f"{settings.precision}; {task}",
             highlight=False,
-            soft_wrap=True,
         )
 
     # Parts
@@ -493,6 +548,7 @@ class LossWatch:
         self.epoch, self.look_every = epoch, look_every
         self.batches, self.frames = 0, 0
         self.latest: float | None = None
+        self.recordings: tuple[str, ...] = ()  # of the last batch
         self._names: tuple[str, ...] = ()
         self._waiting: list[tuple[Tensor, tuple[str, ...], int]] = []
         self._sums = np.zeros(0)
@@ -503,13 +559,14 @@ class LossWatch:
             self._names, self._sums = tuple(terms), np.zeros(len(terms))
         self.batches += 1
         self.frames += sum(batch.lengths)
+        self.recordings = batch.names
         values = torch.stack([term.detach().float() for term in terms.values()])
         self._waiting.append((values, batch.names, step))
         if len(self._waiting) >= self.look_every:
             self.look()
 
     def look(self) -> None:
-        """Read the losses that are waiting; raises NonFiniteLoss at the first that is not finite."""
+        """Read the losses that are waiting; raises NonFiniteTraining at the first that is not finite."""
         if not self._waiting:
             return
         read = torch.stack([values for values, _, _ in self._waiting]).cpu().numpy()
@@ -517,10 +574,9 @@ class LossWatch:
             if not np.isfinite(values).all():
                 named = zip(self._names, values, strict=True)
                 listed = ", ".join(f"{name} {value:.4g}" for name, value in named)
-                raise NonFiniteLoss(
+                raise NonFiniteTraining(
                     f"the loss is not finite in epoch {self.epoch}, step {step} ({listed}), in the batch of "
-                    f"{', '.join(recordings)}; look at these recordings, lower optimizer.lr, set "
-                    "train.clip_norm=1, or use train.precision=fp32; the run folder keeps the checkpoint before"
+                    f"{', '.join(recordings)}; {REMEDIES}"
                 )
             self._sums += values
         self.latest = float(read[-1, self._names.index("total")])
@@ -578,20 +634,21 @@ def median_frequency_weights(recordings: Sequence[Recording], classes: int) -> l
     return [float(median / count) if count else 0.0 for count in counts]
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of torch of that name; "auto" is a GPU where there is one.
+def _callers_generators_kept() -> AbstractContextManager[None]:
+    """Puts torch's generators, which a training seeds, back into their state when the block ends."""
+    return torch.random.fork_rng(devices=range(torch.cuda.device_count()), device_type="cuda")
 
-    Raises:
-        UserError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+@contextmanager
+def _deterministic_cudnn() -> Iterator[None]:
+    """Keeps cuDNN from algorithms that add in any order, and from choosing them by their speed of the day."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise UserError(f"train.device={name} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 def _check_same_data(saved: RunInfo, now: RunInfo, run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 
@@ -50,9 +51,11 @@ def synthetic_dataset(
         rotation_axis: `Dataset.rotation_axis`; needs C divisible by 3.
 
     Raises:
-        UserError (a ValueError): a size below 1, or `shortest` not in 1..frames.
+        UserError (a ValueError): an argument that is no integer, a size below 1, a seed below 0, or
+            `shortest` above `frames`.
         ValueError: see `Dataset`.
     """
+    shortest = frames if shortest is None else shortest
     sizes = {
         "recordings": recordings,
         "frames": frames,
@@ -60,12 +63,14 @@ def synthetic_dataset(
         "channels": channels,
         "classes": classes,
         "embedding_dim": embedding_dim,
+        "shortest": shortest,
     }
     for name, size in sizes.items():
-        if size < 1:
-            raise UserError(f"{name} must be at least 1, got {size}")
-    shortest = frames if shortest is None else shortest
-    if not 1 <= shortest <= frames:
+        _check_integer(name, size, least=1)
+    _check_integer("seed", seed, least=0)
+    if rotation_axis is not None:
+        _check_integer("rotation_axis", rotation_axis, least=0)
+    if shortest > frames:
         raise UserError(f"shortest must be in 1..{frames}, the number of frames, got {shortest}")
     rng = np.random.default_rng(seed)
     motions = [_draw_motion(rng, index, classes, channels, joints) for index in range(classes)]
@@ -91,6 +96,13 @@ def synthetic_dataset(
         text=text,
         test=tuple(recording.name for recording in made[recordings - tested :]),
     )
+
+
+def _check_integer(name: str, value: object, least: int) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise UserError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise UserError(f"{name} must be at least {least}, got {value}")
 
 
 @dataclass(frozen=True, eq=False)
