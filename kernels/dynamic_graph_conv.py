@@ -19,12 +19,14 @@ from torch.utils.checkpoint import checkpoint
 
 from .operator import Operator, check_shapes
 
-BLOCK_ELEMENTS = 1 << 20  # elements of the frame-level graph that exist at a time
+BLOCK_ELEMENTS = 1 << 21  # elements of the frame-level graph that exist at a time
 
 
 def _dynamic_graph_conv_reference(x: Tensor, p: Tensor, q: Tensor, graph: Tensor, beta: Tensor) -> Tensor:
     n, _, v, t = x.shape
     frames = max(1, BLOCK_ELEMENTS // max(1, n * v * v))
+    if n * t * v * v <= BLOCK_ELEMENTS:  # a single block may as well be kept for the backward pass
+        return graph @ x + _frame_level_product(x, p, q, beta)
     # Counted in blocks, so that a compiled graph depends on their number and not on t.
     slices = [slice(i * frames, (i + 1) * frames) for i in range(-(-t // frames))]
     blocks = [_frame_level(x[..., s], p[..., s], q[..., s], beta) for s in slices]

@@ -13,6 +13,7 @@ from allocations import LargestTensor
 from operators import arguments
 from torch import Tensor
 from trgnet.kernels import BackendError, Operator, operator, operator_table, use_backend
+from trgnet.kernels.dynamic_graph_conv import BLOCK_ELEMENTS
 
 from trgnet import kernels
 
@@ -196,12 +197,29 @@ def test_inputs_may_be_strided_and_gradients_expanded(name: str):
 
 
 def test_no_frame_graph_is_materialised():
-    n, f, v, t = 1, 4, 25, 6000
+    n, f, v, t = 1, 4, 25, 12_000
     args = converted(arguments("dynamic_graph_conv", n, t, v, f), torch.float32)
     with LargestTensor() as largest:
         kernels.dynamic_graph_conv(*args).sum().backward()
     frame_graph = n * t * v * v
-    assert largest.elements <= kernels.dynamic_graph_conv.__globals__["BLOCK_ELEMENTS"] < frame_graph / 3
+    assert largest.elements <= BLOCK_ELEMENTS < frame_graph / 3
+
+
+@pytest.mark.parametrize("backend", ["reference", "recompute"])
+@pytest.mark.parametrize("frames_per_block", [1, 4, 7])
+def test_blocks_of_frames_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, frames_per_block: int, backend: str
+):
+    n, t, v = 2, 17, 5
+    module = sys.modules["trgnet.kernels.dynamic_graph_conv"]
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", frames_per_block * n * v * v)
+    args = arguments("dynamic_graph_conv", n, t, v)
+    got = as_tuple(kernels.dynamic_graph_conv(*args, backend=backend))
+    expected = as_tuple(formulas.dynamic_graph_conv(*args))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(got, args), gradients(expected, args), rtol=1e-10, atol=1e-10)
+    compiled = torch.compile(kernels.dynamic_graph_conv, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(as_tuple(compiled(*args, backend=backend)), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_no_hop_tensor_is_materialised():

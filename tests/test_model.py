@@ -13,6 +13,7 @@ from operators import lengths_mask
 from published_case import NO_DROPOUT
 from torch import Tensor
 from trgnet.kernels import BackendError, use_backend
+from trgnet.kernels.dynamic_graph_conv import BLOCK_ELEMENTS
 
 from trgnet import TRGLoss, TRGNet
 from trgnet.data import Dataset, Segments, collate, synthetic_dataset
@@ -187,7 +188,7 @@ def test_text_losses_against_their_definition():
 
 def test_memory_of_a_step_is_bounded_by_the_feature_map(dataset: Dataset):
     """No (N, 13C, V, T), no (N, T, V, V) and no (N, D, T) tensor exists at any time, forward or backward."""
-    n, c, v, t, f, d = 1, 6, 30, 4096, 8, 768
+    n, c, v, t, f, d = 1, 6, 30, 8192, 8, 768
     adjacency = np.zeros((v, v), np.float32)
     adjacency[np.arange(1, v), np.arange(v - 1)] = adjacency[np.arange(v - 1), np.arange(1, v)] = 1
     model = TRGNet(c, 3, adjacency, d, features=f, layers=1, refine_layers=1)
@@ -199,7 +200,11 @@ def test_memory_of_a_step_is_bounded_by_the_feature_map(dataset: Dataset):
             o.sum() for o in (*output.class_logits, *output.boundary_logits, output.segment_features)
         ).backward()
     feature_map = n * (f + 2) * v * t  # x3 with its two relation rows
-    assert largest.elements <= max(feature_map, 1 << 20) < min(n * 13 * c * v * t, n * t * v * v, n * d * t)
+    assert (
+        largest.elements
+        <= max(feature_map, BLOCK_ELEMENTS)
+        < min(n * 13 * c * v * t, n * t * v * v, n * d * t)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
