@@ -1,8 +1,8 @@
 """The frame that every operator of this package shares.
 
-An operator is one mathematical function with a plain reference, a count of its work and a
-``torch.library`` op of the same name (``torch.ops.trgnet.NAME``) with a fake implementation and autograd; one that
-works in place has neither outputs nor autograd. Its file reads: formula and shapes, reference, FLOPs, public function.
+An operator is one mathematical function with a plain reference, a count of its work and a ``torch.library`` op
+of the same name (``torch.ops.trgnet.NAME``) with a fake implementation and autograd; one that works in place
+has neither outputs nor autograd. Its file reads: formula and shapes, reference, FLOPs, public function.
 """
 
 from __future__ import annotations
