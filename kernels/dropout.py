@@ -4,7 +4,8 @@ Element (n, c, t) of a mask depends only on the seed and on n, c and t. So a rec
 the mask of the forward pass without storing it, padding a batch further changes no mask, and an
 implementation on any device can draw the same one.
 
-    row[i]    = hash(hash(seed) xor i),    i = n * C + c
+    key       = hash(hash(lower half of the seed) xor upper half)
+    row[i]    = hash(key xor i),    i = n * C + c
     keep[i,t] = hash(row[i] xor hash(t + 2^30)) >= p * 2^32
 
 ``hash`` is the 32-bit finalizer "lowbias32" (C. Wellons, Prospecting for Hash Functions, 2018): shift-xor
@@ -47,8 +48,8 @@ def check_probability(operator_name: str, name: str, p: float) -> None:
 
 def _rows(seed: Tensor, count: int) -> Tensor:
     # A 64-bit seed enters as its two halves, so that seeds differing only in the upper one differ too.
-    folded = _hash(_hash(_low_half(seed)) ^ _low_half(seed >> 32))
-    return _hash(folded ^ torch.arange(count, dtype=torch.int32, device=seed.device))
+    key = _hash(_hash(_low_half(seed)) ^ _low_half(seed >> 32))
+    return _hash(key ^ torch.arange(count, dtype=torch.int32, device=seed.device))
 
 
 def _low_half(value: Tensor) -> Tensor:

@@ -82,6 +82,7 @@ def frame_similarity(x: Tensor, mask: Tensor) -> Tensor:
     similarities are data. Computed once per batch and shared by all stages.
     """
     check_shapes("frame_similarity", x=(x, "N C V T"), mask=(mask, "N 1 T"))
+    check_mask("frame_similarity", mask)
     with torch.no_grad():
         step = x[..., 1:] - x[..., :-1]
         similarity = torch.exp(-torch.linalg.vector_norm(step, dim=(1, 2)) / 2)

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from trgnet.config import Config, built_in_configs, config_from_dict, differing_keys, load_config, save_config
+from trgnet.config import Config, built_in_configs, differing_keys, load_config, save_config
 from trgnet.errors import UserError
 
 
@@ -83,7 +83,7 @@ def test_saved_configuration_reads_back_equal(tmp_path: Path):
         "empty": "",
         "é": [1],
     }
-    config = config_from_dict(
+    config = Config.model_validate(
         {"data": {"test": ["13_30", "010", "1e3"], "options": options}, "optimizer": {"lr": 1e-5}}
     )
     save_config(config, tmp_path / "config.yaml")

@@ -217,11 +217,6 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     return _validated(values, "configuration", overrides)
 
 
-def config_from_dict(values: Mapping[str, Any], source: str = "configuration") -> Config:
-    """Validate nested dictionaries; a fault is a :class:`UserError` that names `source` and the key."""
-    return _validated(values, source, ())
-
-
 def _validated(values: Mapping[str, Any], source: str, overrides: Sequence[str]) -> Config:
     """The configuration; a fault names the overrides that it is of, or else `source`."""
     try:

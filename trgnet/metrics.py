@@ -33,6 +33,7 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from .data import IGNORE
+from .data.labels import run_starts
 from .refine import peaks
 
 __all__ = ["OVERLAPS", "SegmentationScores"]
@@ -195,7 +196,7 @@ class _Runs(NamedTuple):
 
 
 def _runs(labels: np.ndarray) -> _Runs:
-    start = _run_starts(labels)
+    start = run_starts(labels)
     end = np.concatenate([start[1:], [len(labels) - 1]])
     return _Runs(labels[start], start, end)
 
@@ -223,8 +224,8 @@ def _claimed_overlaps(predicted: _Runs, true: _Runs, background: int | None) -> 
     overlap = intersection / np.maximum(union, 1)  # two empty last segments: 0 / 0 counts as 0
 
     # p and t increase along the pairs; the sort is stable, so the earliest of equal overlaps comes first.
-    choice = np.lexsort((-overlap, p))[_run_starts(p)]
-    return np.maximum.reduceat(overlap[choice], _run_starts(t[choice]))
+    choice = np.lexsort((-overlap, p))[run_starts(p)]
+    return np.maximum.reduceat(overlap[choice], run_starts(t[choice]))
 
 
 def _boundary_hits(predicted: np.ndarray, true: np.ndarray, tolerance: int) -> int:
@@ -237,11 +238,6 @@ def _boundary_hits(predicted: np.ndarray, true: np.ndarray, tolerance: int) -> i
     hit = np.zeros(len(true), dtype=bool)
     hit[nearest[near_enough]] = True
     return int(np.count_nonzero(hit))
-
-
-def _run_starts(values: np.ndarray) -> np.ndarray:
-    """Index of the first element of every run of equal values; there must be at least one value."""
-    return np.concatenate([[0], np.flatnonzero(values[1:] != values[:-1]) + 1])
 
 
 def _ratio(part: float, whole: float) -> float:

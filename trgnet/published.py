@@ -127,8 +127,12 @@ def load_published(path: str | os.PathLike[str], dataset: str | Skeleton) -> TRG
         dataset: str or Skeleton. PKU-subject, PKU-view, LARA, MCFS-22, MCFS-130, TCG-15, or the skeleton itself:
             the hop matrices follow from it and are not in the file.
 
-    Sizes and numbers of layers are read off the tensors. Raises PublishedWeightsError for tensors that are
-    missing, unexpected or of another shape, ValueError for an unknown dataset.
+    Sizes and numbers of layers are read off the tensors.
+
+    Raises:
+        PublishedWeightsError: the file holds no weights, or some are missing, unexpected or of another shape.
+        ValueError: an unknown dataset.
+        OSError: the file cannot be opened.
     """
     skeleton = dataset if isinstance(dataset, Skeleton) else _skeleton(dataset)
     state = _read_state(path)

@@ -101,6 +101,11 @@ def build_model(config: Config, info: RunInfo) -> TRGNet:
     return TRGNet(info.channels, len(info.classes), adjacency, info.embedding_dim, **sizes)
 
 
+def default_folder(config: Config) -> Path:
+    """Where a training goes that was not told: ``runs/DATASET-DATE-TIME``."""
+    return Path("runs") / f"{config.data.name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
 def versions() -> dict[str, str]:
     """Versions of Python, this package and the libraries that decide its numbers."""
     installed = {"torch": torch.__version__}  # unlike the metadata, it says for which CUDA it was built

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -14,7 +13,7 @@ from .config import Config, load_config, with_overrides
 from .errors import UserError
 from .evaluation import Scores, print_table, score_table
 from .files import write_json
-from .runs import Run
+from .runs import Run, default_folder
 from .trainer import Result, train
 
 
@@ -56,7 +55,7 @@ def train_seeds(
     console = console or Console()
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds must be different numbers, at least one; got {list(seeds)}")
-    out = Path(out if out is not None else f"runs/{config.data.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    out = default_folder(config) if out is None else Path(out)
     configs = {out / f"seed{seed}": with_overrides(config, [f"train.seed={seed}"]) for seed in seeds}
     for folder in configs:
         Run(folder).check_unused()

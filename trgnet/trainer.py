@@ -22,7 +22,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import datetime
 from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ from .losses import TRGLoss
 from .plots import plot_curves
 from .predictor import Predictor, pick_device
 from .progress import TrainingProgress
-from .runs import Run, RunInfo, build_model
+from .runs import Run, RunInfo, build_model, default_folder
 
 SELECTED_BY = "refined/f1@50"
 """The validation score whose maximum makes an epoch the best one."""
@@ -100,7 +99,7 @@ def train(
         NonFiniteTraining: the loss or the weights became NaN or infinite.
     """
     config = config if isinstance(config, Config) else load_config(config)
-    out = out if out is not None else Path("runs") / f"{config.data.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    out = default_folder(config) if out is None else out
     with _callers_generators_kept():
         return Trainer.start(config, out, console).fit()
 

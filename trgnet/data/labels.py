@@ -9,6 +9,11 @@ import numpy as np
 from trgnet.kernels import IGNORE
 
 
+def run_starts(values: np.ndarray) -> np.ndarray:
+    """Index of the first element of every run of equal values; there must be at least one value."""
+    return np.concatenate([[0], np.flatnonzero(values[1:] != values[:-1]) + 1])
+
+
 def segments_of(labels: np.ndarray) -> list[tuple[int, int, int]]:
     """The maximal runs of one label, without the runs of `IGNORE`.
 
@@ -25,8 +30,7 @@ def segments_of(labels: np.ndarray) -> list[tuple[int, int, int]]:
         raise ValueError(f"labels must be integers (T,), got {labels.dtype} {labels.shape}")
     if len(labels) == 0:
         return []
-    starts = np.flatnonzero(np.diff(labels)) + 1
-    cuts = [0, *starts.tolist(), len(labels)]
+    cuts = [*run_starts(labels).tolist(), len(labels)]
     runs = [(start, end - start, int(labels[start])) for start, end in pairwise(cuts)]
     return [run for run in runs if run[2] != IGNORE]
 
