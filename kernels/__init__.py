@@ -9,7 +9,7 @@ from .dropout import channel_dropout, dropout
 from .dynamic_graph_conv import dynamic_graph_conv
 from .frame_loss import IGNORE, boundary_loss, class_loss, frame_similarity
 from .fusion_layer import fusion_layer
-from .masked_batch_norm import masked_batch_norm
+from .masked_batch_norm import masked_batch_norm, synchronised_statistics
 from .moment_update import moment_update
 from .multiscale_graph_conv import multiscale_graph_conv
 from .operator import Cost, Operator, check_mask, check_shapes, operator, operator_table
@@ -43,6 +43,7 @@ __all__ = [
     "pairwise_distance",
     "pointwise",
     "segment_mean",
+    "synchronised_statistics",
     "use_backend",
     "wide_dtype",
     "widened",

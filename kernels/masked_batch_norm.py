@@ -11,9 +11,11 @@ Source: S. Ioffe, C. Szegedy, arXiv 1502.03167; the restriction to real frames i
 
 from __future__ import annotations
 
-from typing import Optional
+from collections.abc import Callable
+from typing import Any, Optional
 
 import torch
+import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
 
@@ -41,15 +43,59 @@ def _masked_batch_norm_reference(
     return (torch.relu(out) * real).to(x.dtype), mean.detach().clone(), var.detach().clone()
 
 
-def _statistics(x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance per channel."""
-    count = (real.sum() * x.shape[2]).clamp(min=1)
+def _statistics(
+    x: Tensor, real: Tensor, total: Callable[[Tensor], Tensor] = lambda local: local
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per channel; `total` makes sums over all processes of those of this one."""
+    count = total(real.sum() * x.shape[2]).clamp(min=1)
     with without_autocast(x):
         # A sum over frames as a matrix product writes no tensor of the size of x.
         per_joint = x.flatten(1, 2) @ real.squeeze(1).transpose(1, 2)  # (N, F*V, 1)
-    mean = rearrange(per_joint, "n (f v) 1 -> f (n v)", f=x.shape[1]).sum(1) / count
+    mean = total(rearrange(per_joint, "n (f v) 1 -> f (n v)", f=x.shape[1]).sum(1)) / count
     deviation = (x - mean.view(-1, 1, 1)) * real
-    return mean, deviation.square().sum((0, 2, 3)) / count
+    return mean, total(deviation.square().sum((0, 2, 3))) / count
+
+
+class _Total(torch.autograd.Function):
+    """Sum over the processes of a group; so is the gradient, as everybody's loss depends on everybody's part."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = local.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+def synchronised_statistics(
+    x: Tensor, mask: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance per channel over the real frames of all processes of a group, and their number.
+
+    Pass them to :func:`masked_batch_norm` as `running`: they are differentiable, and the gradients flow to the
+    other processes' inputs too. Every process of the group must call it, and run backward through it.
+
+    Args:
+        x: Tensor (N, F, V, T) of this process.
+        mask: bool Tensor (N, 1, T).
+        group: the processes.
+
+    Returns:
+        mean, var: Tensor (F,).
+        count: Tensor (). Values of each channel that they are of.
+    """
+
+    def total(local: Tensor) -> Tensor:
+        return _Total.apply(local, group)
+
+    real = mask.unsqueeze(1).to(wide_dtype(x))
+    return *_statistics(widened(x), real, total), total(mask.sum() * x.shape[2])
 
 
 def _flops(x: Tensor, *_: object) -> tuple[int, int]:

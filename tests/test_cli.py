@@ -143,7 +143,7 @@ def test_mistakes_are_one_line_and_exit_code_2(run, tmp_path, capsys):
     )
     assert "No such file" in error_of(capsys, "train", "--config", tmp_path / "none.yaml")
     assert "is not empty" in error_of(capsys, "train", "--out", run)
-    assert "takes everything from the run" in error_of(capsys, "train", "--resume", run, "--out", run)
+    assert "goes on in the run's own folder" in error_of(capsys, "train", "--resume", run, "--out", run)
     assert "is no run folder" in error_of(capsys, "train", "--resume", tmp_path / "none")
     assert "is no run folder" in error_of(capsys, "evaluate", tmp_path)
     assert "is neither a .npy or .npz file nor a recording" in error_of(capsys, "predict", run, "s9_r9")

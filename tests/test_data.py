@@ -33,6 +33,10 @@ def recording(name: str = "s0_r0", frames: int = 9, channels: int = 2, joints: i
     return Recording(name, features, rng.integers(0, 4, frames))
 
 
+def subject_of(name: str) -> str | None:
+    return name.partition("_")[0] if "_" in name else None
+
+
 # ---------------------------------------------------------------- labels
 
 
@@ -60,11 +64,10 @@ def test_segments_need_a_vector_of_integers(bad: np.ndarray) -> None:
 # ---------------------------------------------------------------- recordings
 
 
-def test_recording_knows_length_subject_and_boundaries() -> None:
+def test_recording_knows_length_and_boundaries() -> None:
     known = Recording("13_30_b", np.ones((2, 3, 4), np.float32), np.array([1, 1, IGNORE, 0]))
-    assert known.length == 4 and known.subject == "13_30"
+    assert known.length == 4 and known.subject is None
     np.testing.assert_array_equal(known.boundaries(), [1, 0, 0, 1])
-    assert recording("solo").subject is None and recording("_1").subject is None
     with pytest.raises(ValueError, match="'bare' has no labels"):
         Recording("bare", known.features).boundaries()
 
@@ -176,7 +179,7 @@ def test_validation_takes_whole_subjects_from_the_training_recordings(made: Data
 
 
 def named(made: Dataset, *given: str) -> Dataset:
-    kept = tuple(replace(made.recordings[0], name=name) for name in given)
+    kept = tuple(replace(made.recordings[0], name=name, subject=subject_of(name)) for name in given)
     return replace(made, recordings=kept, test=())
 
 
@@ -545,7 +548,7 @@ def test_data_sets_are_loaded_by_name() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("mocap7", {}, "no data set 'mocap7'; there are mocap6, synthetic"),
+        ("mocap7", {}, "no data set 'mocap7'; did you mean 'mocap6'\?; there are mocap6, synthetic"),
         ("mocap6", {"frames": 3}, "'mocap6' has no option frames; it takes none"),
         ("synthetic", {"sequences": 3}, "'synthetic' has no option sequences; it takes recordings, frames, "),
     ],

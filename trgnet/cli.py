@@ -1,26 +1,30 @@
 """The command ``trgnet``.
 
 Exit codes: 0 done; 2 something that was given cannot be used (one line says what and what to do); 130
-interrupted. A fault of the program itself ends with its traceback.
+interrupted, 143 terminated. A fault of the program itself ends with its traceback.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from . import __version__
-from .errors import UserError, reading
+from . import __version__, text_commands
+from .errors import DataWarning, UserError, reading
 
 # torch takes seconds to import: every command imports what it needs itself, so that --help answers at once.
 if TYPE_CHECKING:
     from .data import Recording
-    from .predictor import Prediction
+    from .predictor import Prediction, Predictor
     from .runs import Run
 
 Command = Callable[[argparse.Namespace], None]
@@ -33,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with reading("operators"):  # importing them reads TRGNET_BACKEND
             kernels = import_module("trgnet.kernels")
         try:
-            options.command(options)
+            with _warnings_as_lines():
+                options.command(options)
         except kernels.BackendError as error:
             raise UserError(str(error)) from error
     except (UserError, OSError) as error:
@@ -41,8 +46,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"trgnet: {str(interrupt) or 'interrupted'}", file=sys.stderr)
-        return 130
+        return 128 + getattr(interrupt, "signal", signal.SIGINT)
     return 0
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Shows what is odd about the data as a line, without the place in the program that noticed it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DataWarning)
+        show = warnings.showwarning
+
+        def line(message: Warning | str, category: type[Warning], *where: Any, **file: Any) -> None:
+            if issubclass(category, DataWarning):
+                print(f"trgnet: warning: {message}", file=sys.stderr)
+            else:
+                show(message, category, *where, **file)
+
+        warnings.showwarning = line
+        yield
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -76,7 +98,20 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--out", type=Path, metavar="DIR", help="run folder, new or empty (default: runs/DATASET-DATE-TIME)"
     )
+    train.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder of the data; without --config, of one's own recordings",
+    )
     train.add_argument("--resume", type=Path, metavar="RUN", help="continue the training in this run folder")
+    train.add_argument(
+        "--allow",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="KEY,KEY",
+        help="with --resume: settings that may change although it is then another training",
+    )
     train.add_argument(
         "--seeds",
         type=_integers,
@@ -109,12 +144,35 @@ def _parser() -> argparse.ArgumentParser:
         "recordings",
         nargs="+",
         metavar="FILE",
-        help=".npy with features (channels, joints, frames), .npz with 'features' and "
-        "optionally 'labels', or the name of a recording of the run's dataset",
+        help=".npy, .npz or .csv file, a folder of OpenPose's JSON files, or the name of a recording of the "
+        "run's dataset",
     )
+    predict.add_argument(
+        "--input",
+        metavar="FORMAT",
+        help="what the files hold: features (channels, joints, frames); raw, as the files of the training data; "
+        "keypoints kinect25, body25, coco17 or h36m17; or a YAML file that names the joints (default: raw where "
+        "the run can prepare it, else features)",
+    )
+    predict.add_argument(
+        "--fps", type=_positive, metavar="F", help="frame rate of keypoints (default: the training data's)"
+    )
+    predict.add_argument(
+        "--image-size",
+        type=_image_size,
+        metavar="WxH",
+        help="pixels of the image of 2-D keypoints (default: the training data's)",
+    )
+    predict.add_argument(
+        "--occlude-missing",
+        action="store_true",
+        help="show joints that the keypoints do not tell as occluded, at most half of them",
+    )
+    predict.add_argument("--array", metavar="NAME", help="array of an .npz file (default: the only one)")
     predict.add_argument("--out", type=Path, metavar="DIR", help="where to (default: RUN/predictions)")
     _use_arguments(predict)
 
+    text_commands.add_commands(commands, _command)
     _command(commands, "info", _info, "show versions, devices and the operators' backends")
     return parser
 
@@ -142,23 +200,42 @@ def _use_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from rich.console import Console
+    from .processes import Processes
 
+    overrides = list(options.overrides)
+    if options.data is not None:
+        own = [] if options.config or options.resume else ["data.name=folder"]
+        overrides = [*own, f"data.root={json.dumps(str(options.data))}", *overrides]
+    try:
+        if options.resume is not None:
+            _resume_training(options, overrides)
+        else:
+            _start_training(options, overrides)
+    finally:
+        Processes.leave()
+
+
+def _start_training(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     from .config import load_config
     from .seeds import train_seeds
-    from .trainer import resume, train
+    from .trainer import train
 
-    console = Console()
-    if options.resume is not None:
-        if any(given is not None for given in (options.config, options.out, options.seeds)):
-            raise UserError("--resume takes everything from the run; leave --config, --out and --seeds away")
-        resume(options.resume, options.overrides, console=console)
-        return
-    config = load_config(options.config or "mocap6", options.overrides)
+    if options.allow:
+        raise UserError("--allow is for a training that is continued; add --resume RUN or leave it away")
+    default = None if options.data is not None else "mocap6"
+    config = load_config(options.config or default, overrides)
     if options.seeds is None:
-        train(config, out=options.out, console=console)
+        train(config, out=options.out)
     else:
-        train_seeds(config, options.seeds, out=options.out, console=console)
+        train_seeds(config, options.seeds, out=options.out)
+
+
+def _resume_training(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from .trainer import resume
+
+    if options.out is not None or options.seeds is not None:
+        raise UserError("--resume goes on in the run's own folder and seed; leave --out and --seeds away")
+    resume(options.resume, overrides, config=options.config, allow=options.allow)
 
 
 def _integers(text: str) -> list[int]:
@@ -166,6 +243,24 @@ def _integers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected integers such as 0,1,2, got {text!r}") from None
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive number such as 25, got {text!r}")
+    return value
+
+
+def _image_size(text: str) -> tuple[float, float]:
+    width, _, height = text.partition("x")
+    try:
+        return _positive(width), _positive(height)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"expected a size such as 1920x1080, got {text!r}") from None
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -198,7 +293,7 @@ def _predict(options: argparse.Namespace) -> None:
 
     run = Run.open(options.run)
     predictor = load(options.run, weights=options.weights, device=options.device)
-    recordings = _recordings(options.recordings, run)
+    recordings = _recordings(options, run, predictor)
     predictions = [predictor.predict(recording) for recording in recordings]
     out = options.out or run / "predictions"
     for prediction in predictions:
@@ -212,15 +307,16 @@ def _write(prediction: Prediction, folder: Path) -> list[Path]:
     return paths
 
 
-def _recordings(names: Sequence[str], run: Run) -> list[Recording]:
+def _recordings(options: argparse.Namespace, run: Run, predictor: Predictor) -> list[Recording]:
     """The recordings of files, or of the run's dataset by their names."""
-    from .predictor import read_recording
+    from .keypoint_files import ENDINGS
     from .trainer import read_dataset
 
     recordings, known = [], None
-    for name in names:
-        if Path(name).suffix in (".npy", ".npz"):
-            recordings.append(read_recording(name))
+    given = {key: getattr(options, key) for key in ("array", "fps", "image_size", "occlude_missing")}
+    for name in options.recordings:
+        if Path(name).suffix in ENDINGS or Path(name).is_dir():
+            recordings.append(predictor.read(name, options.input, **given))
         else:
             known = known or {
                 recording.name: recording for recording in read_dataset(run.config()).recordings

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import UserError, reading
 from .files import write_text
+from .yaml12 import _Loader as _Loader  # for trgnet.keypoints
+from .yaml12 import dump, load
 
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -31,13 +31,27 @@ class DataConfig(Section):
     """What is trained on."""
 
     name: str = Field("mocap6", description="Dataset, as trgnet.load_dataset knows it.")
+    root: str | None = Field(
+        None, description="Folder that the dataset is read from; null for the datasets in the package."
+    )
+    text: str | tuple[str, str] | None = Field(
+        None,
+        description="Text embeddings: an .npz of trgnet text embed, two .npy files (joints, actions) in the "
+        "dataset's order, or 'none' to know nothing; null: those of the dataset.",
+    )
+    cache: str | None = Field(
+        None,
+        description="Folder for prepared features, which are then mapped from disk; null: kept in memory.",
+    )
     test: list[str] | None = Field(
         None, description="Names of the recordings held out for testing; null: the dataset's own choice."
     )
     validation: float = Field(
         0.0, ge=0.0, lt=1.0, description="Share of the training recordings held out for validation."
     )
-    options: dict[str, Any] = Field({}, description="Further keyword arguments of trgnet.load_dataset.")
+    options: dict[str, Any] = Field(
+        {}, description="Further options of the dataset, see trgnet.load_dataset."
+    )
 
 
 class AugmentConfig(Section):
@@ -125,7 +139,7 @@ class TrainConfig(Section):
     """The training loop."""
 
     epochs: Count = Field(300, description="Passes over the training recordings.")
-    batch_size: Count = Field(8, description="Recordings per batch.")
+    batch_size: Count = Field(8, description="Recordings per batch, of all processes together.")
     accumulate: Count = Field(1, description="Batches whose mean gradient makes one optimizer step.")
     seed: int = Field(
         0, ge=0, description="Seed of weights, order, augmentation, dropout and validation split."
@@ -137,16 +151,31 @@ class TrainConfig(Section):
         None, description="Largest norm of the gradient of all weights together; null: no clipping."
     )
     drop_last: bool = Field(False, description="Leave out the last batch of an epoch when it is short.")
+    length_sorted: bool = Field(
+        False, description="Put recordings of similar length into a batch: less padding, less random batches."
+    )
     pad_multiple: Count = Field(16, description="Batches are padded to a multiple of this many frames.")
     device: str = Field("auto", description="Device of torch ('cpu', 'cuda', 'cuda:1'); auto: a GPU if any.")
     log_every: Count = Field(
         10, description="Steps between two looks at the loss on a GPU, which wait for it; a CPU looks always."
+    )
+    batch_norm: Literal["synchronised", "local"] = Field(
+        "synchronised",
+        description="Batch statistics of several processes: of all their recordings, or each of its own.",
+    )
+    best_on: Literal["validation", "test"] = Field(
+        "validation",
+        description="Recordings that choose the best epoch; 'test' flatters, and is labelled so.",
     )
     evaluate_every: Count = Field(10, description="Epochs between two evaluations.")
     final_epochs: Count = Field(
         20, description="Every one of that many last epochs is evaluated, and averaged."
     )
     checkpoint_every: Count = Field(10, description="Epochs between two checkpoints.")
+    checkpoint_minutes: Annotated[float, Field(ge=0.0)] | None = Field(
+        10.0,
+        description="Minutes after which one is written within an epoch too; 0: every step; null: never.",
+    )
     workers: int = Field(
         0, ge=0, description="Processes that prepare batches; 0: the training process itself."
     )
@@ -242,21 +271,20 @@ def _origin(place: Sequence[str | int], source: str, overrides: Sequence[str]) -
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write `config`, complete, as a YAML file that :func:`load_config` reads back to an equal one."""
-    write_text(
-        path, yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    )
+    write_text(path, dump(config.model_dump(mode="json")))
+
+
+def config_items(config: Config) -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of every setting, in the order of the file."""
+    for section, values in config.model_dump().items():
+        for key, value in values.items():
+            yield f"{section}.{key}", value
 
 
 def differing_keys(first: Config, second: Config) -> tuple[str, ...]:
     """Dotted keys whose values differ between two configurations, in the order of the file."""
-    theirs = dict(_leaves(second.model_dump()))
-    return tuple(key for key, value in _leaves(first.model_dump()) if theirs[key] != value)
-
-
-def _leaves(sections: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
-    for section, values in sections.items():
-        for key, value in values.items():
-            yield f"{section}.{key}", value
+    theirs = dict(config_items(second))
+    return tuple(key for key, value in config_items(first) if theirs[key] != value)
 
 
 def _read(name_or_path: str | Path) -> str:
@@ -275,9 +303,9 @@ def _read(name_or_path: str | Path) -> str:
 
 def _parse(text: str, source: str) -> dict[str, Any]:
     try:
-        values = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source} is no valid YAML: {' '.join(str(error).split())}") from error
+        values = load(text)
+    except ValueError as error:
+        raise UserError(f"{source} is {error}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -292,11 +320,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
             f"an override has the form section.key=value, such as train.epochs=10; got {override!r}"
         )
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"the value of {override!r} is no valid YAML: {' '.join(str(error).split())}"
-        ) from error
+        value = load(text)
+    except ValueError as error:
+        raise UserError(f"the value of {override!r} is {error}") from error
     *path, last = key.split(".")
     for name in path:
         inner = values.get(name)
@@ -326,24 +352,3 @@ def _did_you_mean(key: str, known: Sequence[str]) -> str:
     near = get_close_matches(key, known, n=1, cutoff=0.75)
     near = near or [last_parts[part] for part in get_close_matches(key.rpartition(".")[2], last_parts, n=1)]
     return f"; did you mean {near[0]!r}?" if near else ""
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the plain scalars of YAML 1.2's core schema instead of those of YAML 1.1."""
-
-    yaml_implicit_resolvers: dict[str, list] = {}
-
-
-class _Dumper(yaml.SafeDumper):
-    """PyYAML's safe dumper, which also quotes the strings that :class:`_Loader` would read as numbers."""
-
-
-_FLOAT = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?(?:0|[1-9][0-9]*)", list("-+0123456789")),
-    ("float", _FLOAT, list("-+.0123456789")),
-):
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)

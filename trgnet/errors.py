@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from zipfile import BadZipFile
 
 
@@ -14,6 +15,17 @@ class UserError(ValueError):
     The command line prints the message alone and ends with exit code 2. Every other exception is a fault of
     the program and keeps its traceback.
     """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean 'NAME'?" with the known name that is spelt most alike, or nothing."""
+    near = get_close_matches(name, list(known), n=1)
+    near = near or [other for other in known if other.casefold() == name.casefold()]
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+class DataWarning(UserWarning):
+    """Something in the data that was given is odd, and was mended or is tolerated; the message says how."""
 
 
 @contextmanager

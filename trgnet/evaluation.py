@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class Evaluation:
     predictions: tuple[Prediction, ...]
 
 
-def evaluate(predictor: Predictor, recordings: Sequence[Recording]) -> Evaluation:
+def evaluate(predictor: Predictor, recordings: Iterable[Recording]) -> Evaluation:
     """Score `predictor` on annotated recordings, each predicted on its own.
 
     Raises:

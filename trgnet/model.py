@@ -11,13 +11,14 @@ over real frames only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from trgnet.kernels import (
     attention_layer,
@@ -31,6 +32,7 @@ from trgnet.kernels import (
     multiscale_graph_conv,
     pointwise,
     segment_mean,
+    synchronised_statistics,
     wide_dtype,
 )
 
@@ -64,11 +66,15 @@ class Pointwise(nn.Module):
 
 
 class MaskedBatchNorm(nn.Module):
-    """Batch norm over joints and real frames, then residual, ReLU and mask; running averages as in torch."""
+    """Batch norm over joints and real frames, then residual, ReLU and mask; running averages as in torch.
+
+    `process_group` may be set to processes whose batches are parts of one: their statistics are then common.
+    """
 
     def __init__(self, features: int, momentum: float = 0.1) -> None:
         super().__init__()
         self.momentum = momentum
+        self.process_group: ProcessGroup | None = None
         self.weight = nn.Parameter(torch.ones(features))
         self.bias = nn.Parameter(torch.zeros(features))
         self.register_buffer("running_mean", torch.zeros(features))
@@ -77,13 +83,20 @@ class MaskedBatchNorm(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor, residual: Tensor | None = None) -> Tensor:
         """(N, F, V, T) -> (N, F, V, T), zero on padded frames."""
-        running = None if self.training else (self.running_mean, self.running_var)
-        out, mean, var = masked_batch_norm(
-            x, mask, self.weight, self.bias, residual=residual, running=running
-        )
-        if self.training:
-            self._track(mean, var, mask.sum() * x.shape[2])
+        if not self.training:
+            return self._normalise(x, mask, residual, (self.running_mean, self.running_var))[0]
+        if self.process_group is None:
+            (out, mean, var), count = self._normalise(x, mask, residual, None), mask.sum() * x.shape[2]
+        else:
+            *running, count = synchronised_statistics(x, mask, self.process_group)
+            out, mean, var = self._normalise(x, mask, residual, running)
+        self._track(mean, var, count)
         return out
+
+    def _normalise(
+        self, x: Tensor, mask: Tensor, residual: Tensor | None, running: Sequence[Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return masked_batch_norm(x, mask, self.weight, self.bias, residual=residual, running=running)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor, count: Tensor) -> None:

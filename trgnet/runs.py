@@ -21,8 +21,8 @@ holds is executed when it is read.
 
 from __future__ import annotations
 
+import io
 import json
-import pickle
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -40,12 +40,15 @@ from torch import Tensor
 
 from . import __version__
 from .config import Config, load_config, save_config
-from .data import Dataset, Split
+from .data import Dataset, Preparation, Split
 from .errors import UserError, reading
-from .files import replacing, write_text
+from .files import PARTIAL, remove_partial, replacing, write_text
 from .model import TRGNet
 from .skeleton import Skeleton
 from .text import TextPrior
+
+BEGINNING = ("prior.npz", "run.json")
+"""What a run folder holds before its configuration, which makes it one."""
 
 WEIGHTS = {"last": "model.safetensors", "best": "best.safetensors"}
 """Choice of weights -> their file."""
@@ -63,6 +66,7 @@ class RunInfo(BaseModel):
     fps: float = Field(gt=0)
     channels: int = Field(ge=1)
     embedding_dim: int = Field(ge=1)
+    preparation: Preparation | None = None
     recordings: dict[str, tuple[str, ...]]
     pos_weight: float
     class_weights: tuple[float, ...] | None
@@ -83,6 +87,7 @@ class RunInfo(BaseModel):
             fps=dataset.fps,
             channels=dataset.channels,
             embedding_dim=dataset.text.dim,
+            preparation=dataset.preparation,
             recordings={
                 part: tuple(r.name for r in recordings) for part, recordings in split._asdict().items()
             },
@@ -146,6 +151,7 @@ class Run:
         run.check_unused()
         with reading(f"run folder {path}"):
             run.path.mkdir(parents=True, exist_ok=True)
+            remove_partial(run.path)
         with replacing(run / "prior.npz") as partial:
             np.savez(partial, joints=text.joints, actions=text.actions)
         write_text(run / "run.json", info.model_dump_json(indent=2) + "\n")
@@ -160,7 +166,7 @@ class Run:
             UserError: `path` is no run folder.
         """
         run = cls(path)
-        missing = [name for name in ("config.yaml", "run.json", "prior.npz") if not (run / name).is_file()]
+        missing = [name for name in ("config.yaml", *BEGINNING) if not (run / name).is_file()]
         if missing:
             raise UserError(
                 f"{path} is no run folder: it has no {', '.join(missing)}; expected a folder written by "
@@ -169,9 +175,14 @@ class Run:
         return run
 
     def check_unused(self) -> None:
-        """Raise a UserError if there is something in the folder already."""
+        """Raise a UserError if there is something in the folder already.
+
+        What a training leaves that was killed before it had begun does not count: :meth:`create` writes the
+        configuration last.
+        """
         with reading(f"run folder {self.path}"):
-            if self.path.exists() and any(self.path.iterdir()):
+            found = [path.name for path in self.path.iterdir()] if self.path.exists() else []
+            if any(name not in BEGINNING and not name.startswith(PARTIAL) for name in found):
                 raise UserError(
                     f"run folder {self.path} is not empty; choose another with --out, or continue it with "
                     f"--resume {self.path}"
@@ -220,20 +231,22 @@ class Run:
         path = self / WEIGHTS[which]
         if not path.is_file():
             reason = "continue the training with --resume, which writes it at the latest when it ends"
-            if which == "best" and not self.info().recordings["validation"]:
-                reason = "it was trained without validation recordings; use the weights 'last'"
+            if which == "best" and not self.info().recordings[self.config().train.best_on]:
+                reason = "it was trained without recordings to choose the best on; use the weights 'last'"
             raise UserError(f"run {self.path} has no {path.name}: {reason}")
         model = build_model(self.config(), self.info())
         try:
             model.load_state_dict(safetensors.torch.load_file(path))
         except (SafetensorError, RuntimeError) as error:
-            raise UserError(f"{path} is damaged or of another network: {_one_line(error)}") from error
+            raise UserError(f"{path} is damaged or of another network: {one_line(error)}") from error
         return model.eval()
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write the state of the training: tensors, numbers, texts, and lists and dictionaries of them."""
+        serialised = io.BytesIO()  # torch's own writing to a path hides what went wrong with the file
+        torch.save(state, serialised)
         with replacing(self / "checkpoint.pt") as partial:
-            torch.save(state, partial)
+            partial.write_bytes(serialised.getbuffer())
 
     def checkpoint(self) -> dict[str, Any] | None:
         """The state of the training on the CPU; None before the first checkpoint.
@@ -245,9 +258,17 @@ class Run:
         if not path.exists():
             return None
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            raise UserError(f"{path} is no readable checkpoint: {_one_line(error)}") from error
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (
+            Exception
+        ) as error:  # whatever the unpickler meets in a file that is damaged or none of torch's
+            raise UserError(
+                f"{path} is damaged or no checkpoint: {one_line(error)}; restore it from a backup, or delete it "
+                "to start this training anew"
+            ) from error
+        if not isinstance(state, dict):
+            raise UserError(f"{path} is no checkpoint of a training: it holds {type(state).__name__}")
+        return state
 
     def write_log(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Replace the log by these records, one per epoch."""
@@ -259,6 +280,7 @@ class Run:
             file.write(json.dumps(record) + "\n")
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """The message of an error, for the inside of another."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}..."

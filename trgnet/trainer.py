@@ -1,13 +1,16 @@
 """Training: from a configuration to a run folder.
 
-The loop is the usual one. Three things deserve a word:
+The loop is the usual one. Four things deserve a word:
 
 * **Repeatable and resumable.** The order of an epoch comes from a generator of (seed, epoch), the
   augmentation of a recording from one of (seed, epoch, recording); neither has a state to save, and worker
   processes change nothing. What has a state (weights, optimizer, schedule, scaler, torch's generators,
-  history) is in one checkpoint, and every other file of the run is derived from it. So a continued training
-  is the uninterrupted one. On a GPU, cuDNN is kept to its deterministic algorithms.
-* **The test recordings choose nothing.** Scores are reported of the last epoch, as the mean over the final
+  history, and the losses and the place within an epoch that has begun) is in one checkpoint, and every other
+  file of the run is derived from it. So a continued training is the uninterrupted one, wherever it ended. On
+  a GPU, cuDNN is kept to its deterministic algorithms.
+* **One training on several processes.** Under torchrun each process trains on its part of every batch; what
+  the first one alone does is guarded by `processes.first`.
+* **The test recordings choose nothing**, unless one asks for it with `train.best_on`. Scores are reported of the last epoch, as the mean over the final
   epochs, and, where recordings were held out for validation, of the epoch that scored best on those.
 * **Numbers that are not finite stop the training**, and the batch is named: a loss before the step on a CPU,
   and on a GPU, where each look at it waits for the device, within `train.log_every` steps; the weights at the
@@ -18,9 +21,11 @@ from __future__ import annotations
 
 import math
 import shlex
+import signal
 import time
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice, takewhile
 from pathlib import Path
@@ -28,34 +33,59 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from trgnet.optimizers import SCHEDULES_OF_ALL_STEPS, build_optimizer, build_schedule
 
-from .config import AugmentConfig, Config, differing_keys, load_config, save_config, with_overrides
+from .config import (
+    AugmentConfig,
+    Config,
+    config_items,
+    differing_keys,
+    load_config,
+    save_config,
+    with_overrides,
+)
 from .data import IGNORE, Batch, Dataset, Recording, Split, augment, collate, load_dataset
-from .errors import UserError, reading
+from .errors import DataWarning, UserError, did_you_mean, reading
 from .evaluation import Evaluation, Scores, evaluate, print_table, score_table, write_report, write_scores
+from .files import remove_partial
+from .interrupts import StopRequest, ignore_signals
 from .losses import TRGLoss
+from .model import MaskedBatchNorm
 from .plots import plot_curves
 from .predictor import Predictor, pick_device
+from .processes import Processes
 from .progress import TrainingProgress
-from .runs import Run, RunInfo, build_model, default_folder
+from .runs import Run, RunInfo, build_model, default_folder, one_line
 
 SELECTED_BY = "refined/f1@50"
-"""The validation score whose maximum makes an epoch the best one."""
+"""The score whose maximum makes an epoch the best one."""
 
 CHANGEABLE = (
-    "train.epochs", "train.device", "train.log_every", "train.evaluate_every", "train.final_epochs",
-    "train.checkpoint_every", "train.workers",
+    "data.root", "data.cache", "train.epochs", "train.device", "train.log_every", "train.evaluate_every",
+    "train.final_epochs", "train.checkpoint_every", "train.checkpoint_minutes", "train.workers",
 )  # fmt: skip
 """Configuration keys that a continued training may change: none of them alters a step that is behind.
 
 `train.epochs` would under the schedules that depend on the number of all steps; there it is refused too.
 """
+
+FIXED = ("data", "model", "optimizer.name", "train.seed", "train.precision")
+"""Keys, and sections of them, that decide what has been trained, and so cannot change even if that is meant."""
+
+ALLOWABLE_PROCESSES = "processes"
+"""What to allow for a training to be continued by another number of processes."""
+
+OF_AN_EPOCH = (
+    "train.batch_size", "train.accumulate", "train.drop_last", "train.length_sorted", ALLOWABLE_PROCESSES,
+)  # fmt: skip
+"""What divides an epoch into steps, and so can change between two epochs only."""
 
 REMEDIES = (
     "look at these recordings, lower optimizer.lr, set train.clip_norm=1, or use train.precision=fp32; "
@@ -68,7 +98,18 @@ class NonFiniteTraining(UserError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """The training was interrupted; the message says how to continue it."""
+    """The training was interrupted; the message says how to continue it.
+
+    `signal` is the number of the signal that did it.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.signal = number
+
+
+class _Stop(Exception):
+    """Somebody asked to stop while the recordings were being scored."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +117,8 @@ class Result:
     """A finished training: its run folder, and the scores of every part of the data in percent.
 
     `scores` maps the part ("test", and "validation" where there is one) to "last_epoch",
-    "mean_of_final_epochs" and, with a validation part, "best_on_validation"; each of these maps the names of
+    "mean_of_final_epochs" and, with a validation part, "best_on_validation" ("best_on_test" where that was asked
+    for); each of these maps the names of
     the scores to their values.
     """
 
@@ -96,15 +138,24 @@ def train(
 
     Raises:
         UserError: a configuration, data or folder that cannot be used.
+        Interrupted: by Ctrl-C or SIGTERM; what has been trained is saved, and the message says how to go on.
         NonFiniteTraining: the loss or the weights became NaN or infinite.
     """
     config = config if isinstance(config, Config) else load_config(config)
-    out = default_folder(config) if out is None else out
+    processes = Processes.join()
+    out = processes.from_first(default_folder(config) if out is None else out)
     with _callers_generators_kept():
-        return Trainer.start(config, out, console).fit()
+        return Trainer.start(config, out, console, processes).fit()
 
 
-def resume(run: str | Path, overrides: Sequence[str] = (), *, console: Console | None = None) -> Result:
+def resume(
+    run: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    config: Config | str | Path | None = None,
+    allow: Sequence[str] = (),
+    console: Console | None = None,
+) -> Result:
     """Continue a training from its last checkpoint, exactly as if it had not been interrupted.
 
     Of a finished training the weights and the report are written again. Where one goes on to more epochs,
@@ -114,38 +165,61 @@ def resume(run: str | Path, overrides: Sequence[str] = (), *, console: Console |
     Args:
         run: its folder.
         overrides: ``"section.key=value"`` for keys of :data:`CHANGEABLE`, such as more epochs.
+        config: a configuration, or the name or file of one, that is to be the run's; by default the run's own.
+        allow: keys that may change although the training is then no longer the one that was begun, such as
+            ``"optimizer.lr"``; "processes" for another number of processes.
         console: as for :func:`train`.
 
     Raises:
-        UserError: no run folder, damaged files, other data, or an override that would change what is behind.
-        NonFiniteTraining: the loss or the weights became NaN or infinite.
+        UserError: no run folder, damaged files, other data, or a change that was not allowed or cannot be made;
+            names the keys.
+        Interrupted, NonFiniteTraining: as for :func:`train`.
     """
+    if config is not None and not isinstance(config, Config):
+        config = load_config(config)
+    processes = Processes.join()
     with _callers_generators_kept():
-        return Trainer.restart(Run.open(run), overrides, console).fit()
+        trainer = Trainer.restart(Run.open(run), overrides, console, processes, config=config, allow=allow)
+        return trainer.fit()
 
 
 class Trainer:
     """One training: its data, network, optimizer and run folder."""
 
     def __init__(
-        self, config: Config, dataset: Dataset, run: Run, info: RunInfo, console: Console | None
+        self,
+        config: Config,
+        dataset: Dataset,
+        run: Run,
+        info: RunInfo,
+        console: Console | None = None,
+        processes: Processes | None = None,
     ) -> None:
         settings = config.train
         self.config, self.run, self.info = config, run, info
-        self.console = console or Console()
+        self.processes = processes or Processes()
+        self.console = (console or Console()) if self.processes.first else Console(quiet=True)
         self.device = pick_device(settings.device, option="train.device")
         if settings.precision == "fp16" and self.device.type == "cpu":
             raise UserError("train.precision=fp16 needs a GPU; on a CPU use train.precision=bf16 or fp32")
         split = split_dataset(dataset, config)
         self.parts = {"validation": split.validation, "test": split.test}
         self.parts = {part: recordings for part, recordings in self.parts.items() if recordings}
-        self.batches = EpochBatches(len(split.train), settings.batch_size, settings.seed, settings.drop_last)
+        self.batches = EpochBatches(
+            [recording.length for recording in split.train],
+            settings.batch_size,
+            settings.seed,
+            settings.drop_last,
+            length_sorted=settings.length_sorted,
+            processes=self.processes,
+        )
         self.loader = self._loader(
             TrainingData(split.train, config.augment, dataset.rotation_axis, settings.seed)
         )
 
         torch.manual_seed(settings.seed)
         self.model = build_model(config, info).to(self.device)
+        self.network = self._network()  # the model as it is trained
         self.loss = self._loss(dataset).to(self.device)
         self.joint_graph = dataset.text.joint_graph().to(self.device)
         self.optimizer = build_optimizer(self.model.parameters(), **config.optimizer.model_dump())
@@ -153,43 +227,60 @@ class Trainer:
         self.schedule = self._schedule()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
 
-        self.epoch, self.step, self.saved_epoch = 0, 0, 0
+        self.epoch, self.step = 0, 0  # that are behind
+        self.watch: LossWatch | None = None  # of the epoch that has begun
+        self.stop, self.saved_at = StopRequest(), time.monotonic()
+        self.saved = "nothing yet"
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] | None = None
 
     @classmethod
-    def start(cls, config: Config, out: str | Path, console: Console | None = None) -> Trainer:
+    def start(
+        cls,
+        config: Config,
+        out: str | Path,
+        console: Console | None = None,
+        processes: Processes | None = None,
+    ) -> Trainer:
         """Set up a new training; its folder is made last, when everything the user gave has been checked."""
         dataset = read_dataset(config)
         info = describe(dataset, config)
-        trainer = cls(config, dataset, Run(out), info, console)
-        Run.create(out, config, info, dataset.text)
+        trainer = cls(config, dataset, Run(out), info, console, processes)
+        if trainer.processes.first:
+            Run.create(out, config, info, dataset.text)
         return trainer
 
     @classmethod
-    def restart(cls, run: Run, overrides: Sequence[str] = (), console: Console | None = None) -> Trainer:
+    def restart(
+        cls,
+        run: Run,
+        overrides: Sequence[str] = (),
+        console: Console | None = None,
+        processes: Processes | None = None,
+        *,
+        config: Config | None = None,
+        allow: Sequence[str] = (),
+    ) -> Trainer:
         """Set up a training that continues from the checkpoint of `run`, or anew where there is none."""
         saved = run.config()
-        config = with_overrides(saved, overrides)
-        refused = [key for key in differing_keys(saved, config) if key not in CHANGEABLE]
-        if refused:
-            raise UserError(
-                f"a continued training cannot change {', '.join(refused)}, only {', '.join(CHANGEABLE)}; "
-                "start a new one for other settings"
-            )
+        config = with_overrides(saved if config is None else config, overrides)
+        changed = differing_keys(saved, config)
+        _check_changes(saved, config, changed, allow)
         dataset, info, checkpoint = read_dataset(config), run.info(), run.checkpoint()
         _check_same_data(info, describe(dataset, config), run)
-        trainer = cls(config, dataset, run, info, console)
+        trainer = cls(config, dataset, run, info, console, processes)
         if checkpoint is not None:
-            trainer._restore(checkpoint)
+            trainer._restore(checkpoint, changed, allow)
         if config.train.epochs != saved.train.epochs:
             trainer._check_new_length(saved.train.epochs)
-        save_config(config, run / "config.yaml")
+        if trainer.processes.first:
+            remove_partial(run.path)
+            save_config(config, run / "config.yaml")
         return trainer
 
     def _check_new_length(self, before: int) -> None:
         epochs, schedule = self.config.train.epochs, self.config.schedule.name
-        if self.epoch and schedule in SCHEDULES_OF_ALL_STEPS:
+        if self.step and schedule in SCHEDULES_OF_ALL_STEPS:
             raise UserError(
                 f"train.epochs cannot change from {before} to {epochs}: with schedule.name={schedule} the "
                 f"learning rate of every step depends on the number of all steps, and {self.epoch} epochs "
@@ -202,69 +293,119 @@ class Trainer:
             )
 
     def fit(self) -> Result:
-        """Train to the last epoch, save, report.
+        """Train to the last epoch, save, report. Other processes than the first return the same, unwritten.
 
         Raises:
-            Interrupted: by Ctrl-C; the run folder is that of the last checkpoint.
+            Interrupted: by Ctrl-C or SIGTERM, after the step was finished and everything was saved; by a second
+                one at once, and the run folder is that of the last checkpoint.
             NonFiniteTraining: the loss or the weights became NaN or infinite.
+            UserError: a file cannot be written.
         """
-        self.run.write_log(self.history)
-        if self.saved_epoch:  # what ended before it had written them may have left others, or none
-            self._save_weights()
+        if self.processes.first:
+            with self._writing():
+                self.run.write_log(self.history)
+                if self.step:  # what ended before it had written them may have left others, or none
+                    self._save_weights()
         self._announce()
         try:
             if self.epoch < self.config.train.epochs:
-                with _deterministic_cudnn():
+                with self.stop, _deterministic_cudnn():
                     self._train_epochs()
-            return self._report()
+            with self._writing():
+                return self._report()
         except KeyboardInterrupt as interrupt:
-            command = f"trgnet train --resume {shlex.quote(str(self.run.path))}"
             raise Interrupted(
-                f"interrupted; what is saved is the training after epoch {self.saved_epoch}. "
-                f"Continue with: {command}"
+                f"interrupted; what is saved is {self.saved}. Continue with: {self._command}",
+                self.stop.signal or signal.SIGINT,
             ) from interrupt
+
+    @property
+    def _command(self) -> str:
+        return f"trgnet train --resume {shlex.quote(str(self.run.path))}"
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns the errors of a disk that is full or may not be written to into a message of what to do."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write into the run folder: {error}; what is saved is {self.saved}. Make room or mend "
+                f"the folder, then continue with: {self._command}"
+            ) from error
 
     def _train_epochs(self) -> None:
         epochs = self.config.train.epochs
-        writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=self.epoch + 1)
-        with writer, TrainingProgress(self.console, epochs, self.epoch) as progress:
+        with ExitStack() as stack:
+            writer = stack.enter_context(self._writer()) if self.processes.first else None
+            progress = stack.enter_context(TrainingProgress(self.console, epochs, self.epoch))
             while self.epoch < epochs:
                 record = self._train_epoch(progress)
-                evaluated = self._is_evaluated(self.epoch)
+                evaluated = self._is_evaluated(self.epoch + 1)
                 if evaluated:
                     record |= self._evaluate()
-                self._log(record, writer)
+                self.epoch, self.watch = self.epoch + 1, None
+                self.history.append(record)
+                if writer is not None:
+                    with self._writing():
+                        self._log(record, writer)
                 progress.epoch(record, next(iter(self.parts)) if evaluated else None)
                 if self.epoch % self.config.train.checkpoint_every == 0 or self.epoch == epochs:
                     self._save()
 
+    @contextmanager
+    def _writer(self) -> Iterator[SummaryWriter]:
+        with self._writing():
+            writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=self.epoch + 1)
+        try:
+            yield writer
+        finally:
+            with self._writing():
+                writer.close()
+
     # One epoch
 
     def _train_epoch(self, progress: TrainingProgress) -> dict[str, float]:
-        """Train one epoch and return its log record."""
+        """Train what is left of an epoch and return its log record."""
         self.model.train()
-        self.epoch += 1
-        self.batches.epoch = self.epoch
-        watch = LossWatch(
-            self.epoch, look_every=1 if self.device.type == "cpu" else self.config.train.log_every
-        )
-        rate = self.schedule.get_last_lr()[0]
-        started = time.perf_counter()
+        if self.watch is None:
+            self.watch = LossWatch(self.epoch + 1, self.schedule.get_last_lr()[0], self.processes)
+        watch = self.watch
+        self.batches.epoch, self.batches.done = watch.epoch, watch.batches
+        before, started = watch.seconds, time.perf_counter()
         for group in self._groups():
             self._step(group, watch)
-            seconds = time.perf_counter() - started
-            progress.step(watch.batches / len(self.batches), watch.latest, watch.frames / seconds)
+            watch.seconds = before + time.perf_counter() - started
+            if self._looks(self.step):
+                self._pause()
+            progress.step(watch.batches / len(self.batches), watch.latest, watch.frames / watch.seconds)
         watch.look()
         self._check_weights(watch.recordings)
-        seconds = time.perf_counter() - started
+        watch.seconds = before + time.perf_counter() - started
         return {
-            "epoch": self.epoch,
+            "epoch": watch.epoch,
             "step": self.step,
-            "lr": rate,
+            "lr": watch.rate,
             **{f"loss/{name}": value for name, value in watch.means().items()},
-            "seconds": seconds,
-            "frames_per_second": watch.frames / seconds,
+            "seconds": watch.seconds,
+            "frames_per_second": watch.frames / watch.seconds,
         }
+
+    def _looks(self, step: int) -> bool:
+        """Whether the losses are read in this step, for which a GPU has to be waited for."""
+        return self.device.type == "cpu" or step % self.config.train.log_every == 0
+
+    def _pause(self) -> None:
+        """Between two steps: save if it is time to; save and end if somebody was asked to stop."""
+        minutes = self.config.train.checkpoint_minutes
+        late = minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+        wish = self.processes.highest(2 if self.stop else 1 if late and self.processes.first else 0)
+        if wish:
+            self.watch.look()
+            self._check_weights(self.watch.recordings)
+            self._save()
+        if wish == 2:
+            raise KeyboardInterrupt
 
     def _groups(self) -> Iterator[list[Batch]]:
         """The batches of an epoch, in groups that make one optimizer step each."""
@@ -276,12 +417,15 @@ class Trainer:
         """One optimizer step along the mean gradient of the batches of `group`."""
         self.optimizer.zero_grad(set_to_none=True)
         for batch in group:
-            batch = batch.to(self.device, non_blocking=True)
-            with self._autocast():
-                output = self.model(batch.x, batch.mask, self.joint_graph, batch.segments)
-            terms = self.loss(output, batch)
-            watch.add(terms, batch, self.step + 1)
-            self.scaler.scale(terms["total"] / len(group)).backward()
+            with self._exchange(last=batch is group[-1]):
+                batch = batch.to(self.device, non_blocking=True)
+                with self._autocast():
+                    output = self.network(batch.x, batch.mask, self.joint_graph, batch.segments)
+                terms = self.loss(output, batch)
+                watch.add(terms, batch, self.step + 1)
+                self.scaler.scale(terms["total"] / len(group)).backward()
+        if self._looks(self.step + 1):
+            watch.look()
         if self.config.train.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_norm)
@@ -292,6 +436,10 @@ class Trainer:
         if self.scaler.get_scale() >= scale:  # a lowered scale says that the step was skipped
             self.schedule.step()
 
+    def _exchange(self, last: bool) -> AbstractContextManager[Any]:
+        """Several processes average their gradients once, with the last batch of a step."""
+        return self.network.no_sync() if self.processes.several and not last else nullcontext()
+
     @torch.no_grad()
     def _check_weights(self, recordings: Sequence[str]) -> None:
         """Stop if the norm of all weights is not finite; `recordings` are those of the last batch."""
@@ -299,7 +447,7 @@ class Trainer:
         norm = torch.nn.utils.get_total_norm([tensor for tensor in tensors if tensor.is_floating_point()])
         if not norm.isfinite():
             raise NonFiniteTraining(
-                f"the norm of the weights is not finite after epoch {self.epoch}, step {self.step}, whose "
+                f"the norm of the weights is not finite in epoch {self.epoch + 1}, step {self.step}, whose "
                 f"last batch was {', '.join(recordings)}; {REMEDIES}"
             )
 
@@ -315,26 +463,46 @@ class Trainer:
         return bool(self.parts) and (is_final or epoch % settings.evaluate_every == 0)
 
     def _evaluate(self) -> Scores:
-        """Score every held-out part; remember the weights if they are the best on validation so far."""
-        scores = {
-            f"{part}/{name}": value
-            for part in self.parts
-            for name, value in self._evaluation(part).scores.items()
-        }
-        selected = scores.get(f"validation/{SELECTED_BY}")
+        """Score every held-out part; remember the weights if they are the best so far.
+
+        Raises:
+            KeyboardInterrupt: somebody asked to stop; the state before is saved, the epoch's steps included.
+        """
+        try:
+            scores = self._scores() if self.processes.first else None
+        except _Stop:
+            scores = None
+        scores = self.processes.from_first(scores)
+        if scores is None:
+            self._save()
+            raise KeyboardInterrupt
+        selected = scores.get(f"{self.config.train.best_on}/{SELECTED_BY}")
         if selected is not None and (self.best is None or selected > self.best["score"]):
             weights = {
                 name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()
             }
-            self.best = {"epoch": self.epoch, "score": selected, "weights": weights}
+            self.best = {"epoch": self.epoch + 1, "score": selected, "weights": weights}
         return scores
+
+    def _scores(self) -> Scores:
+        return {
+            f"{part}/{name}": value
+            for part in self.parts
+            for name, value in self._evaluation(part).scores.items()
+        }
 
     def _evaluation(self, part: str) -> Evaluation:
         threshold, pad_multiple = self.config.refine.threshold, self.config.train.pad_multiple
         predictor = Predictor(
             self.model, self.info, self.joint_graph, threshold=threshold, pad_multiple=pad_multiple
         )
-        return evaluate(predictor, self.parts[part])
+        return evaluate(predictor, self._until_stopped(self.parts[part]))
+
+    def _until_stopped(self, recordings: Sequence[Recording]) -> Iterator[Recording]:
+        for recording in recordings:
+            if self.stop:
+                raise _Stop
+            yield recording
 
     def _summary(self, part: str) -> dict[str, Scores]:
         """Scores of `part` by the three ways of choosing weights, from the history."""
@@ -345,7 +513,7 @@ class Trainer:
             "mean_of_final_epochs": {name: math.fsum(r[name] for r in final) / len(final) for name in names},
         }
         if self.best is not None:
-            columns["best_on_validation"] = self.history[self.best["epoch"] - 1]
+            columns[f"best_on_{self.config.train.best_on}"] = self.history[self.best["epoch"] - 1]
         return {
             column: {name.removeprefix(f"{part}/"): record[name] for name in names}
             for column, record in columns.items()
@@ -364,40 +532,93 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         on_gpu = self.device.type == "cuda"
+        generators = {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(self.device) if on_gpu else None,
+        }
         return {
             "epoch": self.epoch,
             "step": self.step,
+            "watch": None if self.watch is None else self.watch.state_dict(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "generators": {
-                "cpu": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state(self.device) if on_gpu else None,
-            },
+            "generators": self.processes.gather(generators),
             "best": self.best,
             "history": self.history,
         }
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _restore(self, state: dict[str, Any], changed: Sequence[str] = (), allow: Sequence[str] = ()) -> None:
+        """Continue from `state`, with the settings `changed` since."""
+        settings = [_settings(group) for group in self.optimizer.param_groups]
         try:
+            self._restore_generators(state["generators"], allow)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
             self.scaler.load_state_dict(state["scaler"])
-            torch.set_rng_state(state["generators"]["cpu"])
-            if self.device.type == "cuda" and state["generators"]["cuda"] is not None:
-                torch.cuda.set_rng_state(state["generators"]["cuda"], self.device)
-            self.epoch, self.step, self.saved_epoch = state["epoch"], state["step"], state["epoch"]
+            self.epoch, self.step = state["epoch"], state["step"]
             self.history, self.best = state["history"], state["best"]
-        except (KeyError, ValueError, RuntimeError, TypeError) as error:
-            raise UserError(f"{self.run / 'checkpoint.pt'} is not of this training: {error}") from error
+            if state["watch"] is not None:
+                self.watch = LossWatch(self.epoch + 1, 0.0, self.processes)
+                self.watch.load_state_dict(state["watch"])
+            self.saved = self._moment()
+        except UserError:
+            raise
+        except (AttributeError, KeyError, ValueError, RuntimeError, TypeError) as error:
+            raise UserError(
+                f"{self.run / 'checkpoint.pt'} is not of this training: {one_line(error)}"
+            ) from error
+        others = {ALLOWABLE_PROCESSES} if len(state["generators"]) != self.processes.count else set()
+        early = [key for key in OF_AN_EPOCH if key in others.union(changed)]
+        if self.watch is not None and early:
+            raise UserError(
+                f"{', '.join(early)} can change between two epochs only, and this training ended within epoch "
+                f"{self.watch.epoch}: continue it as it was with train.epochs={self.watch.epoch}, then change"
+            )
+        if any(key.startswith(("optimizer.", "schedule.")) for key in changed):
+            self._apply(settings)
+
+    def _restore_generators(self, states: Sequence[dict[str, Tensor | None]], allow: Sequence[str]) -> None:
+        if len(states) != self.processes.count:
+            if ALLOWABLE_PROCESSES not in allow:
+                raise UserError(
+                    f"{self.run.path} was trained by {len(states)} processes, and here are {self.processes.count}"
+                    f": the random numbers would be others; start as many, or add --allow {ALLOWABLE_PROCESSES}"
+                )
+            return
+        state = states[self.processes.rank]
+        torch.set_rng_state(state["cpu"])
+        if self.device.type == "cuda" and state["cuda"] is not None:
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+
+    def _apply(self, settings: Sequence[dict[str, Any]]) -> None:
+        """Give the parameter groups these settings instead of those of the checkpoint, from the next step on."""
+        self.schedule.base_lrs = [group["initial_lr"] for group in settings]
+        rates = [
+            base * factor(self.schedule.last_epoch)
+            for base, factor in zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
+        ]
+        for group, new, rate in zip(self.optimizer.param_groups, settings, rates, strict=True):
+            group.update(new, lr=rate)
+        self.schedule._last_lr = rates
+
+    def _moment(self) -> str:
+        """Where the training stands, for people."""
+        if self.watch is None:
+            return f"the training after epoch {self.epoch}"
+        return f"the training after step {self.step}, within epoch {self.watch.epoch}"
 
     def _save(self) -> None:
         """Write the checkpoint, then the weights that are in it."""
-        self.run.save_checkpoint(self._state())
-        self.saved_epoch = self.epoch
-        self._save_weights()
+        state = self._state()  # every process's
+        if self.processes.first:
+            with self._writing():
+                self.run.save_checkpoint(state)
+                self.saved = self._moment()
+                self._save_weights()
+        self.saved, self.saved_at = self._moment(), time.monotonic()
 
     def _save_weights(self) -> None:
         self.run.save_weights(self.model.state_dict())
@@ -405,7 +626,6 @@ class Trainer:
             self.run.save_weights(self.best["weights"], "best")
 
     def _log(self, record: dict[str, float], writer: SummaryWriter) -> None:
-        self.history.append(record)
         self.run.append_log(record)
         for name, value in record.items():
             if name != "epoch":
@@ -413,6 +633,8 @@ class Trainer:
 
     def _report(self) -> Result:
         """Write scores, curves, confusion matrix and timelines; show the table and the paths."""
+        if not self.processes.first:
+            return Result(self.run.path, self.processes.from_first(None))
         run, last = self.run.path, self.history[-1]
         written = [run / "config.yaml", run / "checkpoint.pt", run / "model.safetensors", run / "log.jsonl"]
         scores = {part: self._summary(part) for part in self.parts}
@@ -427,30 +649,49 @@ class Trainer:
             print_table(self.console, score_table("Test recordings", self._headed(scores["test"])))
         for path in written:
             self.console.out(path, highlight=False)
-        return Result(run, scores)
+        return Result(run, self.processes.from_first(scores))
 
     def _headed(self, summary: dict[str, Scores]) -> dict[str, Scores]:
         """The summary under headings for people."""
         averaged = len(self._final_records())
         headings = {"last_epoch": "last\nepoch", "mean_of_final_epochs": f"mean of\nlast {averaged}"}
         if self.best is not None:
-            headings["best_on_validation"] = f"best on\nvalidation\nepoch {self.best['epoch']}"
+            part = self.config.train.best_on
+            chosen = f"best on\n{part}" if part == "validation" else f"best on {part}\n(chosen on it)"
+            headings[f"best_on_{part}"] = f"{chosen}\nepoch {self.best['epoch']}"
         return {heading: summary[name] for name, heading in headings.items()}
 
     def _announce(self) -> None:
         settings, parameters = self.config.train, sum(p.numel() for p in self.model.parameters())
         counts = ", ".join(f"{len(names)} {part}" for part, names in self.info.recordings.items() if names)
         start = f"from epoch {self.epoch + 1} " if self.epoch else ""
+        start += f"and step {self.step + 1} " if self.watch is not None else ""
         task = f"{settings.epochs} epochs {start}into {self.run.path}"
         if self.epoch >= settings.epochs:
             task = f"finished after {self.epoch} epochs, writing the report into {self.run.path} again"
+        device = (
+            f"{self.processes.count} x {self.device.type}" if self.processes.several else self.device.type
+        )
         self.console.out(
-            f"{self.info.dataset}: {counts} recordings; {parameters:,} parameters; {self.device.type}, "
+            f"{self.info.dataset}: {counts} recordings; {parameters:,} parameters; {device}, "
             f"{settings.precision}; {task}",
             highlight=False,
         )
 
     # Parts
+
+    def _network(self) -> nn.Module:
+        """The model; for several processes wrapped so that their gradients are averaged."""
+        if not self.processes.several:
+            return self.model
+        common = self.config.train.batch_norm == "synchronised"
+        for module in self.model.modules():
+            if isinstance(module, MaskedBatchNorm) and common:
+                module.process_group = dist.group.WORLD
+        if not self.processes.first:  # other dropout than the first process's, which draws as it would alone
+            seeds = np.random.SeedSequence([self.config.train.seed, self.processes.rank])
+            torch.manual_seed(int(seeds.generate_state(1)[0]))
+        return DistributedDataParallel(self.model)
 
     def _loader(self, data: TrainingData) -> DataLoader[Batch]:
         settings = self.config.train
@@ -459,6 +700,7 @@ class Trainer:
             batch_sampler=self.batches,
             collate_fn=Collate(settings.pad_multiple),
             num_workers=settings.workers,
+            worker_init_fn=ignore_signals,
             persistent_workers=settings.workers > 0,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # its own, so that an epoch's start draws nothing from torch's
@@ -491,25 +733,61 @@ class Trainer:
 class EpochBatches:
     """Batch sampler: (epoch, index) of the recordings, in an order that follows from seed and `epoch` alone.
 
-    The last batch may be short; with `drop_last` a short one is left out.
+    The last batch may be short; with `drop_last` a short one is left out. With `length_sorted` a batch holds
+    recordings of similar length, and the batches come in random order. The first `done` batches of the epoch
+    are left out, to continue it.
+
+    Of several processes each gets as many recordings of every batch; what does not divide evenly is left out
+    of that epoch.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int, drop_last: bool) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        seed: int,
+        drop_last: bool,
+        *,
+        length_sorted: bool = False,
+        processes: Processes | None = None,
+    ) -> None:
+        count, processes = len(lengths), processes or Processes()
         if drop_last and count < batch_size:
             raise UserError(
                 f"train.drop_last leaves no batch: {count} training recordings, train.batch_size={batch_size}"
                 "; lower the batch size or set train.drop_last=false"
             )
-        self.count, self.batch_size, self.seed, self.drop_last = count, batch_size, seed, drop_last
-        self.epoch = 0
+        if batch_size % processes.count or count < processes.count:
+            raise UserError(
+                f"{processes.count} processes cannot share train.batch_size={batch_size} and {count} training "
+                "recordings: the batch size must be a multiple of the processes, and each needs a recording"
+            )
+        self.lengths, self.batch_size, self.seed, self.drop_last = lengths, batch_size, seed, drop_last
+        self.length_sorted, self.processes = length_sorted, processes
+        self.epoch, self.done = 0, 0
 
     def __len__(self) -> int:
-        return self.count // self.batch_size if self.drop_last else -(-self.count // self.batch_size)
+        """Batches of a whole epoch."""
+        whole, rest = divmod(len(self.lengths), self.batch_size)
+        return whole + (rest >= self.processes.count and not self.drop_last)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count).tolist()
-        for i in range(len(self)):
-            yield [(self.epoch, index) for index in order[i * self.batch_size : (i + 1) * self.batch_size]]
+        for batch in self._batches()[self.done :]:
+            shared = len(batch) - len(batch) % self.processes.count
+            yield [
+                (self.epoch, index) for index in batch[self.processes.rank : shared : self.processes.count]
+            ]
+
+    def _batches(self) -> list[list[int]]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(len(self.lengths)).tolist()
+        if self.length_sorted:
+            order.sort(key=self.lengths.__getitem__)
+        starts = range(0, len(self) * self.batch_size, self.batch_size)
+        batches = [order[start : start + self.batch_size] for start in starts]
+        if self.length_sorted:
+            batches = [batches[index] for index in rng.permutation(len(batches))]
+        return batches
 
 
 class TrainingData(torch.utils.data.Dataset[Recording]):
@@ -541,55 +819,76 @@ class Collate:
 
 
 class LossWatch:
-    """Keeps the losses of an epoch on the device, and reads them all at once every `look_every` batches."""
+    """Keeps the losses of an epoch on the device until :meth:`look` reads them all at once.
 
-    def __init__(self, epoch: int, look_every: int) -> None:
-        self.epoch, self.look_every = epoch, look_every
-        self.batches, self.frames = 0, 0
+    Args:
+        epoch: its number, from 1.
+        rate: the learning rate at its start.
+        processes: whose losses are averaged.
+    """
+
+    def __init__(self, epoch: int, rate: float, processes: Processes) -> None:
+        self.epoch, self.rate, self.processes = epoch, rate, processes
+        self.batches, self.frames, self.seconds = 0, 0, 0.0
         self.latest: float | None = None
         self.recordings: tuple[str, ...] = ()  # of the last batch
         self._names: tuple[str, ...] = ()
         self._waiting: list[tuple[Tensor, tuple[str, ...], int]] = []
-        self._sums = np.zeros(0)
+        self._sums: list[float] = []
 
     def add(self, terms: dict[str, Tensor], batch: Batch, step: int) -> None:
         """Take note of a batch's losses."""
         if not self.batches:
-            self._names, self._sums = tuple(terms), np.zeros(len(terms))
+            self._names, self._sums = tuple(terms), [0.0] * len(terms)
         self.batches += 1
-        self.frames += sum(batch.lengths)
         self.recordings = batch.names
-        values = torch.stack([term.detach().float() for term in terms.values()])
-        self._waiting.append((values, batch.names, step))
-        if len(self._waiting) >= self.look_every:
-            self.look()
+        values = [term.detach().float() for term in terms.values()]
+        frames = torch.full_like(values[0], sum(batch.lengths))
+        self._waiting.append((torch.stack([*values, frames]), batch.names, step))
 
     def look(self) -> None:
         """Read the losses that are waiting; raises NonFiniteTraining at the first that is not finite."""
         if not self._waiting:
             return
-        read = torch.stack([values for values, _, _ in self._waiting]).cpu().numpy()
-        for values, (_, recordings, step) in zip(read, self._waiting, strict=True):
-            if not np.isfinite(values).all():
+        read = self.processes.summed(torch.stack([values for values, _, _ in self._waiting]).cpu()).tolist()
+        for (*sums, frames), (_, recordings, step) in zip(read, self._waiting, strict=True):
+            values = [value / self.processes.count for value in sums]
+            if not all(map(math.isfinite, values)):
                 named = zip(self._names, values, strict=True)
                 listed = ", ".join(f"{name} {value:.4g}" for name, value in named)
                 raise NonFiniteTraining(
                     f"the loss is not finite in epoch {self.epoch}, step {step} ({listed}), in the batch of "
                     f"{', '.join(recordings)}; {REMEDIES}"
                 )
-            self._sums += values
-        self.latest = float(read[-1, self._names.index("total")])
+            self._sums = [before + value for before, value in zip(self._sums, values, strict=True)]
+            self.frames += int(frames)
+        self.latest = values[self._names.index("total")]
         self._waiting.clear()
 
     def means(self) -> dict[str, float]:
         """The mean over the epoch's batches of every loss."""
-        return dict(zip(self._names, (self._sums / self.batches).tolist(), strict=True))
+        return {name: value / self.batches for name, value in zip(self._names, self._sums, strict=True)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, after a :meth:`look`."""
+        kept = ("epoch", "rate", "batches", "frames", "seconds", "latest", "recordings", "_names", "_sums")
+        return {name: getattr(self, name) for name in kept}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        vars(self).update(state)
 
 
 def read_dataset(config: Config) -> Dataset:
     """The dataset of a configuration; its faults are the user's to mend."""
-    with reading(f"dataset {config.data.name}"):
-        return load_dataset(config.data.name, **config.data.options)
+    data = config.data
+    places = {"root": data.root, "text": data.text, "cache": data.cache}
+    given = {key: value for key, value in places.items() if value is not None}
+    twice = given.keys() & data.options.keys()
+    if twice:
+        raise UserError(f"data.options has {', '.join(sorted(twice))}, which has a key of its own under data")
+    with reading(f"dataset {data.name}"):
+        return load_dataset(data.name, **given, **data.options)
 
 
 def split_dataset(dataset: Dataset, config: Config) -> Split:
@@ -599,8 +898,16 @@ def split_dataset(dataset: Dataset, config: Config) -> Split:
 
 
 def describe(dataset: Dataset, config: Config) -> RunInfo:
-    """The facts of a training on `dataset`."""
+    """The facts of a training on `dataset`; warns of classes that the training recordings never show."""
     split = split_dataset(dataset, config)
+    unseen = _unseen(split.train, dataset.classes)
+    if unseen:
+        warnings.warn(
+            f"{dataset.name}: no training recording shows {', '.join(unseen)}; the network cannot learn "
+            f"{'it' if len(unseen) == 1 else 'them'}",
+            DataWarning,
+            stacklevel=2,
+        )
     return RunInfo.of(
         dataset,
         split,
@@ -611,6 +918,11 @@ def describe(dataset: Dataset, config: Config) -> RunInfo:
             else None
         ),
     )
+
+
+def _unseen(recordings: Sequence[Recording], classes: Sequence[str]) -> list[str]:
+    seen = set(np.concatenate([np.unique(recording.labels) for recording in recordings]).tolist())
+    return [name for label, name in enumerate(classes) if label not in seen]
 
 
 def boundary_weight(recordings: Sequence[Recording]) -> float:
@@ -648,6 +960,41 @@ def _deterministic_cudnn() -> Iterator[None]:
         yield
     finally:
         cudnn.deterministic, cudnn.benchmark = before
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a parameter group of an optimizer."""
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _check_changes(saved: Config, config: Config, changed: Sequence[str], allow: Sequence[str]) -> None:
+    """Refuse changes of a training that has begun, unless they are harmless or allowed and possible."""
+    known = [key for key, _ in config_items(config)] + [ALLOWABLE_PROCESSES]
+    unknown = [key for key in allow if key not in known]
+    if unknown:
+        raise UserError(
+            f"--allow takes keys of the configuration, got {unknown[0]!r}{did_you_mean(unknown[0], known)}"
+        )
+    before, after = dict(config_items(saved)), dict(config_items(config))
+    refused = [key for key in changed if key not in (*CHANGEABLE, *allow)]
+    impossible = [
+        key
+        for key in changed
+        if key not in CHANGEABLE and any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED)
+    ]
+    if not refused and not impossible:
+        return
+    listed = ", ".join(
+        f"{key} ({before[key]} -> {after[key]})" for key in dict.fromkeys([*refused, *impossible])
+    )
+    if impossible:
+        remedy = "start a new training for other settings"
+    else:
+        remedy = f"if that is meant, say so with --allow {','.join(refused)}"
+    raise UserError(
+        f"a continued training cannot change {listed} and be the same; {remedy}. Without harm it can change "
+        f"{', '.join(CHANGEABLE)}"
+    )
 
 
 def _check_same_data(saved: RunInfo, now: RunInfo, run: Run) -> None:

@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..skeleton import Skeleton
 from ..text import TextPrior
 from .labels import IGNORE, boundaries_of
+from .preparation import Preparation
 
 __all__ = ["IGNORE", "Dataset", "Recording", "Split"]
 
@@ -21,9 +22,10 @@ class Recording:
     """One sequence of skeleton features, with its labels where it is annotated.
 
     Args:
-        name: unique in its data set; a prefix before the last "_" names the subject ("13_30": subject 13).
-        features: float32 (C, V, T), C-contiguous, finite, T >= 1.
+        name: unique in its data set.
+        features: float32 (C, V, T), C-contiguous, finite, T >= 1; may be a memory-mapped file.
         labels: int64 (T,), class indices 0..254 or `IGNORE`; None when not annotated.
+        subject: who is recorded, where that is known; validation holds out whole subjects.
 
     Raises:
         ValueError: the arrays are not as above.
@@ -32,6 +34,7 @@ class Recording:
     name: str
     features: np.ndarray
     labels: np.ndarray | None = None
+    subject: str | None = None
 
     def __post_init__(self) -> None:
         self._check_features()
@@ -75,12 +78,6 @@ class Recording:
         """Number of frames T."""
         return self.features.shape[2]
 
-    @property
-    def subject(self) -> str | None:
-        """The name's prefix before its last "_", or None where there is none."""
-        prefix, separator, _ = self.name.rpartition("_")
-        return prefix if separator and prefix else None
-
     def boundaries(self) -> np.ndarray:
         """1 at each segment's first frame, 0 elsewhere: float32 (T,).
 
@@ -115,6 +112,7 @@ class Dataset:
         background: class that the segment scores leave out, or None.
         text: embeddings of the V joints and K classes.
         test: names of the recordings tested by default.
+        preparation: how raw joint coordinates became the features; None where the features are all there is.
 
     Raises:
         ValueError: the parts do not fit together; says which.
@@ -129,6 +127,7 @@ class Dataset:
     background: int | None
     text: TextPrior
     test: tuple[str, ...]
+    preparation: Preparation | None = None
 
     def __post_init__(self) -> None:
         self._check_facts()
@@ -200,8 +199,8 @@ class Dataset:
         Validation is taken from the recordings that are not tested, so the test set chooses nothing. Its size
         is `validation` times their number, rounded, and at least 1 when `validation` > 0. Whole subjects are
         taken, in an order drawn with `seed`, each as long as the size is not exceeded; where every subject is
-        larger than the size, the smallest goes as a whole. A recording whose name carries no subject counts
-        as a subject of its own. When the recordings to choose from are all of one subject, single recordings
+        larger than the size, the smallest goes as a whole. A recording of an unknown subject counts as a
+        subject of its own. When the recordings to choose from are all of one subject, single recordings
         are drawn instead. At least one recording, of at least one subject where there are several, is always
         left for training. A subject of the validation part may have other recordings among the tested ones.
 

@@ -139,7 +139,7 @@ def _draw_recording(rng: np.random.Generator, name: str, motions: list[_Motion],
         features[..., start:end] += motions[label].at(seconds)
         labels[start:end] = label
         start, previous = end, label
-    return Recording(name, features.astype(np.float32), labels)
+    return Recording(name, features.astype(np.float32), labels, subject=name.partition("_")[0])
 
 
 def _draw_label(rng: np.random.Generator, classes: int, previous: int) -> int:
