@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, text_commands
+from . import __version__, data_commands, text_commands
 from .errors import DataWarning, UserError, reading
 
 # torch takes seconds to import: every command imports what it needs itself, so that --help answers at once.
@@ -172,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--out", type=Path, metavar="DIR", help="where to (default: RUN/predictions)")
     _use_arguments(predict)
 
+    data_commands.add_commands(commands, _command)
     text_commands.add_commands(commands, _command)
     _command(commands, "info", _info, "show versions, devices and the operators' backends")
     return parser

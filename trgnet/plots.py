@@ -23,8 +23,9 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator
 
 from .data import IGNORE
 from .files import replacing
+from .skeleton import Skeleton
 
-__all__ = ["class_colors", "plot_confusion", "plot_curves", "plot_timeline"]
+__all__ = ["class_colors", "plot_confusion", "plot_curves", "plot_graphs", "plot_timeline"]
 
 Color = tuple[float, float, float]
 
@@ -47,6 +48,7 @@ _CURVE_SCORES = ("accuracy", "edit", "f1@10", "f1@25", "f1@50")
 _TIMELINE_WIDTH = 11.0  # inches
 _ROW_HEIGHT = 0.46
 _MOST_CLASSES_WITH_CELL_TEXT = 20
+_GRAPH_CELL = 0.16
 
 
 def class_colors(count: int) -> list[Color]:
@@ -200,6 +202,81 @@ def plot_curves(path: str | Path, records: Sequence[Mapping[str, float]]) -> Non
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(color="#E4E4E4", linewidth=0.8)
         axes.set_axisbelow(True)
+    _save(figure, path)
+
+
+def plot_graphs(path: str | Path, graphs: Mapping[str, tuple[np.ndarray, Sequence[str]]]) -> None:
+    """Draw relation graphs side by side as heat maps.
+
+    Args:
+        path: PNG file to write; replaced if it exists.
+        graphs: title -> (graph (M, M) with values in [0, 1], its M names), from left to right.
+
+    Raises:
+        ValueError: no graph, or one that is not (M, M).
+    """
+    if not graphs:
+        raise ValueError("got no graph, expected at least one")
+    for title, (graph, names) in graphs.items():
+        if len(names) == 0 or np.shape(graph) != (len(names), len(names)):
+            raise ValueError(
+                f"got {title} of shape {np.shape(graph)} for {len(names)} names, expected (M, M) with M >= 1"
+            )
+    sides = [max(2.2, _GRAPH_CELL * len(names)) for _, names in graphs.values()]
+    margins = [0.3 + 0.062 * max(map(len, names)) for _, names in graphs.values()]
+    widths = [side + margin for side, margin in zip(sides, margins, strict=True)]
+    figure = _figure(sum(widths) + 1.2, max(widths) + 0.5)
+    row = figure.subplots(1, len(graphs), squeeze=False, width_ratios=widths)[0]
+    for axes, (title, (graph, names)) in zip(row, graphs.items(), strict=True):
+        image = axes.imshow(graph, cmap="Blues", vmin=0, vmax=1)
+        axes.set_anchor("N")
+        places = range(len(names))
+        axes.set_xticks(places, names, fontsize=7.5, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(places, names, fontsize=7.5)
+        axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=_INK)
+        _plain(axes)
+        axes.tick_params(length=0)
+    bar = figure.colorbar(image, cax=row[-1].inset_axes([1 + 0.15 / sides[-1], 0, 0.16 / sides[-1], 1]))
+    bar.set_label("closeness of the descriptions", color=_INK)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0, labelcolor=_INK)
+    _save(figure, path)
+
+
+def plot_skeleton(path: str | Path, positions: np.ndarray, skeleton: Skeleton, title: str) -> None:
+    """Draw one frame of a skeleton from two or three sides, with the joints' indices, as a PNG.
+
+    Args:
+        path: where to.
+        positions: (V, 2) or (V, 3), coordinates of the joints.
+        skeleton: whose bones are drawn, and whose joints are listed beside.
+        title: of the picture.
+
+    Raises:
+        ValueError: positions of another shape.
+    """
+    if positions.ndim != 2 or positions.shape not in ((len(skeleton), 2), (len(skeleton), 3)):
+        raise ValueError(f"positions must be ({len(skeleton)}, 2 or 3), got {positions.shape}")
+    sides = [(0, 1)] if positions.shape[1] == 2 else [(0, 1), (2, 1), (0, 2)]
+    figure = _figure(4.2 * len(sides) + 2.6, 5.2)
+    panels = figure.subplots(1, len(sides) + 1, width_ratios=[*[4.2] * len(sides), 2.6], squeeze=False)[0]
+    for axes, (across, up) in zip(panels, sides):
+        for bone in skeleton.edges:
+            ends = positions[list(bone)]
+            axes.plot(ends[:, across], ends[:, up], color=_LINES[0], linewidth=2, zorder=1)
+        axes.scatter(positions[:, across], positions[:, up], s=14, color=_INK, zorder=2)
+        for index, point in enumerate(positions):
+            axes.annotate(
+                str(index), (point[across], point[up]), (3, 3), textcoords="offset points", fontsize=7
+            )
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.set_xlabel(f"channel {across}")
+        axes.set_ylabel(f"channel {up}")
+        _plain(axes)
+    panels[0].set_title(title, loc="left", fontsize=11, fontweight="bold", color=_INK)
+    panels[-1].axis("off")
+    names = "\n".join(f"{index}  {joint}" for index, joint in enumerate(skeleton.joints))
+    panels[-1].text(0, 1, names, va="top", fontsize=7.5, color=_INK, transform=panels[-1].transAxes)
     _save(figure, path)
 
 

@@ -8,17 +8,22 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from .data import IGNORE, Recording, collate, segments_of
-from .errors import UserError, reading
+from .data import IGNORE, Preparation, Recording, collate, segments_of
+from .data.arrays import load_arrays
+from .errors import DataWarning, UserError, reading
 from .files import write_csv, write_json
+from .keypoint_files import read_array, read_keypoints
+from .keypoints import Convention, fill_gaps, load_convention, map_keypoints, resample, split_confidence
 from .model import TRGNet
 from .plots import plot_timeline
 from .refine import refine, sigmoid
@@ -165,6 +170,126 @@ class Predictor:
             truth=recording.labels,
         )
 
+    def prepare(
+        self,
+        array: ArrayLike,
+        input: str | Path | Convention | None = None,
+        *,
+        fps: float | None = None,
+        image_size: tuple[float, float] | None = None,
+        occlude_missing: bool = False,
+        name: str = "recording",
+    ) -> Recording:
+        """Make a recording of poses that :meth:`predict` takes.
+
+        Args:
+            array: what `input` says. Keypoints are (T, V, C) or (T, V * C) unless a YAML file says otherwise,
+                in the unit and with the axes of the training data; NaN, or confidence 0, is missing data and is
+                filled linearly over time with a DataWarning.
+            input: "features", prepared as those of the training data; "raw", an array as the files of the
+                training data; a convention of keypoints ("kinect25", "body25", "coco17", "h36m17"), a YAML file
+                with the fields of :class:`~trgnet.keypoints.Convention`, or one of these. None: "raw" where the
+                run knows how to prepare, else "features".
+            fps: frame rate of the poses, resampled linearly to that of the raw training data; None: that of the
+                YAML file, or else the poses have the rate of the training data.
+            image_size: width and height of the image that keypoints in pixels are of, (1, 1) for shares of the
+                image; None: that of the training data.
+            occlude_missing: show joints that the keypoints do not tell to the network as zero features, as
+                training's occlusion does, at most half of them; otherwise they are an error.
+            name: of the recording.
+
+        Raises:
+            UserError: the array does not fit `input`, or the network cannot be given such poses; says why.
+        """
+        array = np.asarray(array)
+        if input is None:
+            input = "features" if self.info.preparation is None else "raw"
+        with reading(f"recording {name!r}"):
+            if input == "features":
+                _refuse_options(input, fps=fps, image_size=image_size, occlude_missing=occlude_missing)
+                return recording_from(array, name=name)
+            preparation = self._preparation(input)
+            if input == "raw":
+                _refuse_options(input, fps=fps, image_size=image_size, occlude_missing=occlude_missing)
+                return Recording(name, preparation.features(_without_confidence(array, preparation)))
+            convention = load_convention(input)
+            keypoints = _coordinates(convention.array(array), convention, preparation)
+            rate = fps or convention.fps or preparation.fps
+            keypoints = fill_gaps(keypoints, convention.joints, rate, name)
+            keypoints = _in_image(keypoints, preparation, image_size, name)
+            mapped, missing = map_keypoints(keypoints, convention, self.info.skeleton)
+            self._check_missing(missing, preparation, convention, occlude_missing)
+            features = preparation.features(_raw(resample(mapped, rate, preparation.fps), preparation))
+            features[:, list(missing)] = 0
+            return Recording(name, features)
+
+    def read(
+        self,
+        path: str | Path,
+        input: str | Path | Convention | None = None,
+        *,
+        array: str | None = None,
+        **options: object,
+    ) -> Recording:
+        """Read a file and :meth:`prepare` it.
+
+        Args:
+            path: features or raw: .npy or .npz, features with `labels` if any; keypoints: as for
+                :func:`trgnet.keypoint_files.read_keypoints`.
+            input, options: as for :meth:`prepare`; the recording is called as the file.
+            array: name of the array in an .npz file; may be left out where there is only one.
+
+        Raises:
+            UserError: the file cannot be read, or as for :meth:`prepare`; names the file.
+        """
+        path = Path(path)
+        if input is None:
+            input = "features" if self.info.preparation is None else "raw"
+        if input == "features" and array is None:
+            _refuse_options(input, **options)
+            return read_recording(path)
+        with reading(f"file {path}"):
+            if input in ("features", "raw"):
+                values = read_array(path, array)
+            else:
+                self._preparation(input)  # before a file that cannot be used anyway
+                input = load_convention(input)
+                values = read_keypoints(path, input, array)
+        try:
+            return self.prepare(values, input, name=path.stem, **options)
+        except UserError as error:
+            raise UserError(f"file {path}: {error}") from error
+
+    def _preparation(self, input: object) -> Preparation:
+        if self.info.preparation is None:
+            raise UserError(
+                f"the network was trained on {self.info.dataset}, whose features come prepared: there is no way "
+                f"from {getattr(input, 'name', input)} to them; give features (channels, joints, frames)"
+            )
+        return self.info.preparation
+
+    def _check_missing(
+        self, missing: tuple[int, ...], preparation: Preparation, convention: Convention, occlude: bool
+    ) -> None:
+        joints, most = self.info.skeleton.joints, len(self.info.skeleton) // 2
+        names = ", ".join(joints[joint] for joint in missing)
+        if preparation.relative_to in missing:
+            raise UserError(
+                f"{convention.name} does not tell {joints[preparation.relative_to]}, to which the network's "
+                "coordinates are relative"
+            )
+        if missing and not occlude:
+            raise UserError(
+                f"{convention.name} does not tell {len(missing)} of the network's {len(joints)} joints: {names}; "
+                "say of which joints they are made in the map of a YAML file, or show them to the network as "
+                "occluded with --occlude-missing"
+            )
+        if len(missing) > most:
+            raise UserError(
+                f"{convention.name} does not tell {len(missing)} of the network's {len(joints)} joints, of which "
+                f"at most {most} can be occluded: {names}"
+            )
+
     @torch.no_grad()
     def _logits(self, recording: Recording) -> tuple[np.ndarray, np.ndarray]:
         """Class logits (K, T) and boundary logits (T,) of the recording, alone in its batch."""
@@ -200,6 +325,71 @@ class Predictor:
                     f"recording {recording.name!r} has label {known.max()}, but the network knows "
                     f"{len(self.classes)} classes"
                 )
+
+
+def _refuse_options(input: str, **options: object) -> None:
+    given = [f"--{key.replace('_', '-')}" for key, value in options.items() if value not in (None, False)]
+    if given:
+        raise UserError(f"{', '.join(given)} is for keypoints; {input} are taken as they are")
+
+
+def _coordinates(keypoints: np.ndarray, convention: Convention, preparation: Preparation) -> np.ndarray:
+    """The coordinates of keypoints, which must be those that the network wants."""
+    wanted = preparation.channels
+    if wanted > 3 or (preparation.coordinates is not None and len(preparation.coordinates) != wanted):
+        raise UserError(
+            f"the network takes {wanted} channels per joint, more than a position; keypoints of "
+            f"{convention.name} give positions only"
+        )
+    keypoints = split_confidence(keypoints, convention)
+    got = keypoints.shape[2]
+    if got != wanted:
+        advice = {
+            (2, 3): "lift them to 3-D first, with a lifting model, and give those",
+            (3, 2): "project them into the image with the camera first",
+        }.get((got, wanted), "give one channel per coordinate")
+        raise UserError(
+            f"the keypoints of {convention.name} have {got} coordinates, but the network takes {wanted}; {advice}"
+        )
+    return keypoints
+
+
+def _without_confidence(array: np.ndarray, preparation: Preparation) -> np.ndarray:
+    """Raw pixels without the detector's confidence, which files may hold behind x and y."""
+    if preparation.image_size is not None and preparation.channels == 2 and preparation.axes == "t v c":
+        return array[..., :2] if array.ndim == 3 and array.shape[2] == 3 else array
+    return array
+
+
+def _in_image(
+    keypoints: np.ndarray, preparation: Preparation, image_size: tuple[float, float] | None, name: str
+) -> np.ndarray:
+    """Pixels of another image as those of the training data's."""
+    expected = preparation.image_size
+    if image_size is not None:
+        if expected is None or not (len(image_size) == 2 and min(image_size) > 0):
+            raise UserError(
+                f"--image-size must be a width and a height, for a network that takes pixels; got {image_size}"
+            )
+        return keypoints * (np.array(expected) / image_size).astype(keypoints.dtype)
+    if expected is not None and (np.nanmax(keypoints, axis=(0, 1)) > expected).any():
+        x, y = np.nanmax(keypoints, axis=(0, 1))
+        warnings.warn(
+            f"recording {name!r}: keypoints reach ({x:.0f}, {y:.0f}), outside the training data's image of "
+            f"{expected[0]:g} x {expected[1]:g} pixels; give the size of this one with --image-size",
+            DataWarning,
+            stacklevel=3,
+        )
+    return keypoints
+
+
+def _raw(keypoints: np.ndarray, preparation: Preparation) -> np.ndarray:
+    """Keypoints (T, V, C) in the layout of the training data's files; further persons are zero."""
+    if "m" not in preparation.axes:
+        return rearrange(keypoints, f"t v c -> {preparation.axes}")
+    persons = np.zeros((preparation.persons, *keypoints.shape), keypoints.dtype)
+    persons[0] = keypoints
+    return rearrange(persons, f"m t v c -> {preparation.axes}")
 
 
 def recording_from(
@@ -245,24 +435,11 @@ def read_recording(path: str | Path) -> Recording:
             f"{path}: expected a file that ends in .npy (features) or .npz (features, and labels if any)"
         )
     with reading(f"recording {path}"):
-        return recording_from(**_arrays(path), name=path.stem)
-
-
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays "features" and, if any, "labels" of a file."""
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {"features": loaded}
-        with loaded as arrays:
-            if "features" not in arrays:
-                raise KeyError(f"the file has no array 'features'; it has {', '.join(arrays) or 'none'}")
-            return {name: arrays[name] for name in ("features", "labels") if name in arrays}
-    except ValueError as error:  # whose text often is to allow pickles, which may run any program
-        raise ValueError(
-            "the file is damaged or holds something else than arrays of numbers; write it with "
-            "numpy.save(file, features) or numpy.savez(file, features=features, labels=labels)"
-        ) from error
+        arrays = load_arrays(path)
+        arrays = {"features": arrays[""]} if "" in arrays else arrays
+        if "features" not in arrays:
+            raise KeyError(f"the file has no array 'features'; it has {', '.join(arrays) or 'none'}")
+        return recording_from(arrays["features"], arrays.get("labels"), name=path.stem)
 
 
 def pick_device(name: str, option: str = "device") -> torch.device:

@@ -199,10 +199,16 @@ def lara(disputed_edge: Bone = LARA_SHOULDER) -> Skeleton:
     )  # fmt: skip
 
 
-# The order of TCG's joints is known to us only through its bones, so the names are neutral.
+# The data names no joints. These names follow from the published text embeddings of the joints, whose rows equal
+# rows of PKU's joints, and from the bones; the graph does not depend on them. They are likely, not certain:
+# the embeddings cannot tell where on the trunk and the neck a joint lies.
 TCG = Skeleton(
     name="tcg",
-    joints=tuple(f"joint_{index}" for index in range(17)),
+    joints=(
+        "chest", "head", "hips", "right_shoulder", "right_foot", "right_elbow", "right_hand", "right_knee",
+        "right_hip", "neck", "left_shoulder", "left_foot", "left_elbow", "left_hand", "left_knee", "left_hip",
+        "spine",
+    ),
     edges=(
         (16, 2), (0, 16), (9, 0), (1, 9), (3, 9), (5, 3), (6, 5), (10, 9), (12, 10), (13, 12), (8, 2), (7, 8),
         (4, 7), (15, 2), (14, 15), (11, 14),

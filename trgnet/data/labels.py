@@ -8,6 +8,8 @@ import numpy as np
 
 from trgnet.kernels import IGNORE
 
+from ..errors import UserError
+
 
 def run_starts(values: np.ndarray) -> np.ndarray:
     """Index of the first element of every run of equal values; there must be at least one value."""
@@ -40,3 +42,29 @@ def boundaries_of(labels: np.ndarray) -> np.ndarray:
     boundaries = np.zeros(len(labels), dtype=np.float32)
     boundaries[[start for start, _, _ in segments_of(labels)]] = 1
     return boundaries
+
+
+TOLERATED_FRAMES, TOLERATED_SHARE = 2, 0.01
+"""Frames and labels of a recording may differ in number by that much, whichever is more."""
+
+
+def cut_to_shorter(frames: int, labels: int, where: str) -> int:
+    """The number of frames that features and labels of a recording have in common.
+
+    Args:
+        frames: number of frames.
+        labels: number of labels.
+        where: the recording, and the files that the numbers are of, for the message.
+
+    Returns:
+        The smaller number. Whoever cuts something off warns about it.
+
+    Raises:
+        UserError: the numbers differ by more than 2 and by more than 1 % of the larger.
+    """
+    if abs(frames - labels) > max(TOLERATED_FRAMES, TOLERATED_SHARE * max(frames, labels)):
+        raise UserError(
+            f"{where}: got {frames} frames, but {labels} labels; expected one label per frame (up to "
+            f"{TOLERATED_FRAMES} frames or {TOLERATED_SHARE:.0%} more or less are cut off)"
+        )
+    return min(frames, labels)

@@ -6,11 +6,12 @@ Sources, licences and citation are in `trgnet/assets/mocap6/SOURCE.md`.
 from __future__ import annotations
 
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 
 from ..skeleton import MOCAP6
-from ..text import read_prior
+from ..text import load_text, shipped_text
 from .recording import Dataset, Recording
 
 FPS = 10.0
@@ -19,23 +20,36 @@ METRES_PER_AMC_UNIT = 0.0254 / 0.45
 """The CMU files scale lengths so that 0.45 units are one inch."""
 
 
-def load_mocap6() -> Dataset:
+def load_mocap6(text: str | Path | tuple[str, str] | None = None) -> Dataset:
     """Load the shipped recordings of CMU subjects 13 and 14: 2,058 frames at 10 fps, 12 classes, 11 joints.
 
     The features are C = 6 channels per joint: its x, y and z slot, then their displacements x_(t+1) - x_t (0
     on the last frame). A slot holds a joint angle in radians, or the root's height in metres in the root's y
     slot; each is relative to its mean, as published. Slots that mocap6 does not record are 0. The default
     test recordings are 13_30 and 14_14.
+
+    Args:
+        text: text embeddings, see `trgnet.text.load_text`; None: those in the package.
+
+    Raises:
+        UserError: `text` cannot be read or does not fit.
     """
     folder = resources.files("trgnet") / "assets" / "mocap6"
     with (folder / "mocap6.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         values, labels, lengths = arrays["values"], arrays["labels"], arrays["lengths"]
         columns, names, classes = (arrays[key].tolist() for key in ("columns", "names", "classes"))
-    with (folder / "embeddings.npz").open("rb") as file:
-        text = read_prior(file, MOCAP6.joints, classes)
+    if text is None:
+        prior = shipped_text("mocap6", MOCAP6.joints, classes)
+    else:
+        prior = load_text(text, MOCAP6.joints, classes)
     ends = np.cumsum(lengths)[:-1]
     recordings = tuple(
-        Recording(name, _features(part, columns), classes_of_frames.astype(np.int64))
+        Recording(
+            name,
+            _features(part, columns),
+            classes_of_frames.astype(np.int64),
+            subject=name.partition("_")[0],
+        )
         for name, part, classes_of_frames in zip(
             names, np.split(values, ends), np.split(labels, ends), strict=True
         )
@@ -48,7 +62,7 @@ def load_mocap6() -> Dataset:
         fps=FPS,
         rotation_axis=None,
         background=None,
-        text=text,
+        text=prior,
         test=DEFAULT_TEST,
     )
 
