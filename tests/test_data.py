@@ -548,8 +548,8 @@ def test_data_sets_are_loaded_by_name() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("mocap7", {}, "no data set 'mocap7'; did you mean 'mocap6'\?; there are mocap6, synthetic"),
-        ("mocap6", {"frames": 3}, "'mocap6' has no option frames; it takes none"),
+        ("mocap7", {}, r"no data set 'mocap7'; did you mean 'mocap6'\?; there are mocap6, synthetic"),
+        ("mocap6", {"frames": 3}, "'mocap6' has no option frames; it takes text"),
         ("synthetic", {"sequences": 3}, "'synthetic' has no option sequences; it takes recordings, frames, "),
     ],
 )

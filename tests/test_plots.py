@@ -13,7 +13,7 @@ from matplotlib.image import imread
 
 from trgnet import plots
 from trgnet.data import IGNORE
-from trgnet.plots import class_colors, plot_confusion, plot_curves, plot_timeline
+from trgnet.plots import class_colors, plot_confusion, plot_curves, plot_graphs, plot_timeline
 
 CLASSES = ["walk", "run", "jump"]
 LABELS = np.repeat([0, 1, 0], [20, 30, 10])
@@ -175,6 +175,43 @@ class TestCurves:
     def test_bad_input(self, tmp_path: Path, records: list, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             plot_curves(tmp_path / "curves.png", records)
+
+
+class TestGraphs:
+    def test_graphs_side_by_side_with_every_name(self, drawn: list[Figure]) -> None:
+        names = [f"class {index}" for index in range(130)]
+        plot_graphs("unused", {"joints": (np.eye(3), CLASSES), "actions": (np.eye(130), names)})
+        joints, actions = drawn[0].axes[:2]
+        assert joints.get_title(loc="left") == "joints" and actions.get_title(loc="left") == "actions"
+        np.testing.assert_array_equal(joints.images[0].get_array(), np.eye(3))
+        assert joints.images[0].get_clim() == actions.images[0].get_clim() == (0, 1)
+        for axes, expected in ((joints, CLASSES), (actions, names)):
+            assert [label.get_text() for label in axes.get_yticklabels()] == expected
+            assert [label.get_text() for label in axes.get_xticklabels()] == expected
+
+    @pytest.mark.parametrize("size", [1, 3, 52])
+    def test_cells_are_large_enough_to_be_read(self, drawn: list[Figure], size: int) -> None:
+        plot_graphs("unused", {"actions": (np.eye(size), ["x" * 40] * size)})
+        drawn[0].draw_without_rendering()
+        box = drawn[0].axes[0].get_window_extent()
+        assert box.width == pytest.approx(box.height)
+        assert box.height / size / drawn[0].dpi >= 0.11  # inches; the names are 7.5 points, 0.104 inches
+
+    def test_picture(self, tmp_path: Path) -> None:
+        plot_graphs(tmp_path / "graphs.png", {"actions": (np.eye(2), ["$a", "b$"])})
+        assert contains(imread(tmp_path / "graphs.png"), tuple(np.array([8, 48, 107]) / 255))
+
+    @pytest.mark.parametrize(
+        ("graphs", "message"),
+        [
+            ({}, "no graph"),
+            ({"joints": (np.eye(2), CLASSES)}, r"joints of shape \(2, 2\) for 3 names"),
+            ({"joints": (np.zeros((0, 0)), [])}, "M >= 1"),
+        ],
+    )
+    def test_bad_input(self, tmp_path: Path, graphs: dict, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            plot_graphs(tmp_path / "graphs.png", graphs)
 
 
 @pytest.mark.parametrize("name", ["a$^$", "$", "$x$"])

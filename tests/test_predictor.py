@@ -188,10 +188,10 @@ def test_unreadable_recordings(tmp_path: Path):
     with pytest.raises(UserError, match="expected a file that ends in .npy"):
         read_recording(tmp_path / "motion.bvh")
     (tmp_path / "broken.npy").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="recording .*broken.npy: "):
+    with pytest.raises(UserError, match="file .*broken.npy: "):
         read_recording(tmp_path / "broken.npy")
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04nonsense")
-    with pytest.raises(UserError, match="recording .*broken.npz: "):
+    with pytest.raises(UserError, match="file .*broken.npz: "):
         read_recording(tmp_path / "broken.npz")
     (tmp_path / "text.npy").write_text("0.5 0.25\n")
     with pytest.raises(
@@ -212,7 +212,7 @@ def test_unreadable_recordings(tmp_path: Path):
 
 
 def test_load_refuses_what_is_no_run(tmp_path: Path, run_copy: Path):
-    with pytest.raises(UserError, match="is no run folder: it has no config.yaml, run.json, prior.npz"):
+    with pytest.raises(UserError, match="is no run folder: it has no config.yaml, prior.npz, run.json"):
         trgnet.load(tmp_path / "nothing")
     with pytest.raises(UserError, match="unknown weights 'first': expected last or best"):
         trgnet.load(run_copy, weights="first")

@@ -56,7 +56,7 @@ def test_every_seed_and_folder_is_checked_before_the_first_training(tiny, silent
 
 def test_seeds_do_not_go_with_resume(capsys, run_copy):
     assert cli.main(["train", "--resume", str(run_copy), "--seeds", "0,1"]) == 2
-    assert "--resume takes everything from the run" in capsys.readouterr().err
+    assert "--resume goes on in the run's own folder" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["train", "--seeds", "a,b"])
     assert "expected integers such as 0,1,2, got 'a,b'" in capsys.readouterr().err

@@ -201,19 +201,14 @@ def _use_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from .processes import Processes
-
     overrides = list(options.overrides)
     if options.data is not None:
         own = [] if options.config or options.resume else ["data.name=folder"]
         overrides = [*own, f"data.root={json.dumps(str(options.data))}", *overrides]
-    try:
-        if options.resume is not None:
-            _resume_training(options, overrides)
-        else:
-            _start_training(options, overrides)
-    finally:
-        Processes.leave()
+    if options.resume is not None:
+        _resume_training(options, overrides)
+    else:
+        _start_training(options, overrides)
 
 
 def _start_training(options: argparse.Namespace, overrides: Sequence[str]) -> None:

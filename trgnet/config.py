@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .errors import UserError, reading
 from .files import write_text
-from .yaml12 import _Loader as _Loader  # for trgnet.keypoints
 from .yaml12 import dump, load
 
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]

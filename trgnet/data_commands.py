@@ -197,9 +197,7 @@ def _check(options: argparse.Namespace) -> None:
     frames = sum(recording.length for recording in checked.recordings)
     print(f"{len(checked.recordings)} recordings, {frames} frames; faults: {len(checked.faults)}")
     if checked.faults:
-        raise UserError(
-            f"{options.folder} has the faults listed above; mend them and check again"
-        )
+        raise UserError(f"{options.folder} has the faults listed above; mend them and check again")
 
 
 def _describe(options: argparse.Namespace) -> None:

@@ -6,7 +6,6 @@ is the one that evaluates, writes and speaks.
 
 from __future__ import annotations
 
-import gc
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,6 +32,9 @@ class Processes:
     def join(cls) -> Processes:
         """The processes that torchrun started, connected to each other; alone where it started none.
 
+        They stay connected: a program that goes on after a training can train again, and may disconnect with
+        ``torch.distributed.destroy_process_group()``.
+
         Raises:
             UserError: this build of torch cannot connect processes.
         """
@@ -52,13 +54,6 @@ class Processes:
                 "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE
             )
         return cls(dist.get_rank(), dist.get_world_size(), local_rank)
-
-    @staticmethod
-    def leave() -> None:
-        """Disconnect, if connected. Call it when the network that was trained is not used any more."""
-        if dist.is_available() and dist.is_initialized():
-            gc.collect()  # the wrapper of the network, which is part of a cycle, must go before its connections
-            dist.destroy_process_group()
 
     @property
     def first(self) -> bool:

@@ -390,9 +390,11 @@ def read_descriptions(path: str | Path) -> dict[str, dict[str, str]]:
     Raises:
         UserError: the file cannot be read, or is not of that form.
     """
+    from .data.description import read_text
+
     path = Path(path)
+    text = read_text(path)
     with reading(f"descriptions {path}"):
-        text = path.read_bytes().decode("utf-8-sig")
         if path.suffix in (".yaml", ".yml"):
             from . import yaml12
 

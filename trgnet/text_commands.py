@@ -48,8 +48,8 @@ def add_commands(
         "--out",
         type=Path,
         metavar="FILE",
-        help=".npz to write; embeddings that are there are replaced (default: text.npz in a data folder, "
-        "else SOURCE with the ending .npz)",
+        help=".npz to write; embeddings that are there are replaced (default: in a data folder "
+        "where it expects them, else SOURCE with the ending .npz)",
     )
     embed.add_argument(
         "--encoder",
@@ -74,10 +74,9 @@ def add_commands(
 
 
 def _embed(options: argparse.Namespace) -> None:
-    source: Path = options.source
-    out = options.out or (source / "text.npz" if source.is_dir() else source.with_suffix(".npz"))
+    texts, default = _descriptions(options.source)
+    out = options.out or default
     _check_out(out, ".npz", _ZIP)
-    texts = _descriptions(source)
     from .text import write_embeddings
 
     try:
@@ -87,14 +86,21 @@ def _embed(options: argparse.Namespace) -> None:
     print(f"{out}: {len(prior.joints)} joints and {len(prior.actions)} actions, {prior.dim} wide")
 
 
-def _descriptions(source: Path) -> dict[str, dict[str, str]]:
+def _descriptions(source: Path) -> tuple[dict[str, dict[str, str]], Path]:
+    """The texts that SOURCE holds, and where their embeddings go."""
     if source.is_dir():
         from .data.description import read_description, texts_of
 
-        return texts_of(read_description(source))
+        description = read_description(source)
+        return texts_of(description), _embeddings_of(source, description.text)
     from .text import read_descriptions
 
-    return read_descriptions(source)
+    return read_descriptions(source), source.with_suffix(".npz")
+
+
+def _embeddings_of(folder: Path, text: str | tuple[str, str]) -> Path:
+    """The file that a data folder's description says to hold its embeddings; text.npz where it says none."""
+    return folder / (text if isinstance(text, str) and text != "none" else "text.npz")
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -121,9 +127,12 @@ def _known(source: str) -> tuple[Embeddings, Path]:
     if (path / "run.json").is_file():
         return _known_of_run(path), path / "text.png"
     if path.is_dir():
-        if not (path / "text.npz").is_file():
-            raise UserError(f"folder {path} has no text.npz; write it with: trgnet text embed {path}")
-        return read_embeddings(path / "text.npz"), path / "text.png"
+        from .data.description import read_description
+
+        file = _embeddings_of(path, read_description(path).text)
+        if not file.is_file():
+            raise UserError(f"folder {path} has no {file.name}; write it with: trgnet text embed {path}")
+        return read_embeddings(file), path / "text.png"
     if path.is_file():
         return read_embeddings(path), path.with_name(f"{path.stem}-text.png")
     if source in SHIPPED:
