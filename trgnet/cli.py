@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.command(options)
         except kernels.BackendError as error:
             raise UserError(str(error)) from error
+    except BrokenPipeError:  # whoever was reading has seen enough, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (UserError, OSError) as error:
         print(f"trgnet: error: {error}", file=sys.stderr)
         return 2

@@ -4,14 +4,14 @@
     ROOT/DATASET/gt_arr/*.npy            (T,) class of every frame
     ROOT/DATASET/mapping.txt             "id name" per line
     ROOT/csv/DATASET/train1.csv, test1.csv, ...
-                                         columns feature, label, boundary: the files of one recording per line,
-                                         with paths relative to ROOT, of which the first folder may be a name
-                                         of ROOT, as in ./dataset/DATASET/features/a.npy
+                                         columns feature, label, boundary: the files of one recording per
+                                         line, with paths relative to ROOT, of which the first folder may be
+                                         a name of ROOT, as in ./dataset/DATASET/features/a.npy
 
-The lists `val*.csv` and the files in `gt_boundary_arr` are not read. The published validation list is a part of the
-test list, so validation is split off the training list instead (`Dataset.split`). Boundaries follow from the
-labels that are kept; those of the files would miss some where only every n-th frame is. Source of the
-layout and the facts: arXiv 2503.15126 and the public code of its authors.
+The lists `val*.csv` and the files in `gt_boundary_arr` are not read. The published validation list is a part
+of the test list, so validation is split off the training list instead (`Dataset.split`). Boundaries follow
+from the labels that are kept; those of the files would miss some where only every n-th frame is. Source of
+the layout and the facts: arXiv 2503.15126 and the public code of its authors.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class SharedDataset:
         classes: K, the number of classes.
         preparation: of the files in `features`.
         rotation_axis: see `Dataset`.
-        subject: regular expression whose first group (or whole match) in a recording's name is who is recorded;
-            None where names do not say.
+        subject: regular expression whose first group (or whole match) in a recording's name is who is
+            recorded; None where names do not say.
         more_channels: whether files may have channels behind those of the preparation, which are dropped.
         background: see `Dataset`. The published evaluation leaves no class out.
     """
@@ -103,8 +103,8 @@ def load_shared(
 ) -> Dataset:
     """Load a data set in the shared layout.
 
-    The recordings are those of the training list, then those of the test list; each goes by the name of its feature
-    file without the ending.
+    The recordings are those of the training list, then those of the test list; each goes by the name of its
+    feature file without the ending.
 
     Args:
         facts: of the data set.
@@ -362,7 +362,7 @@ def _read_recording(facts: SharedDataset, entry: _Entry, cache: str | Path | Non
 
 
 def _raw_frames(path: Path, preparation: Preparation) -> int:
-    """Frames in a feature file that could be prepared, of its header alone: features may come from the cache."""
+    """Frames in a feature file that could be prepared, by its header: the features may be of the cache."""
     with reading(f"file {path}"):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(array, np.ndarray):
@@ -377,7 +377,8 @@ def _read_labels(path: Path, classes: int) -> np.ndarray:
     labels = load_array(path)
     if labels.dtype.kind not in "iuf" or labels.ndim != 1 or labels.size == 0:
         raise UserError(
-            f"file {path}: expected the class of every frame, integers (T,), got {labels.dtype} {labels.shape}"
+            f"file {path}: expected the class of every frame, integers (T,), got {labels.dtype} "
+            f"{labels.shape}"
         )
     known = np.isin(labels, [*range(classes), IGNORE])
     if not known.all():
