@@ -93,7 +93,9 @@ def test_a_class_that_is_never_shown_is_a_warning(tmp_path, tiny, silent, monkey
         for recording in made.recordings
     )
     monkeypatch.setattr(trainer_module, "load_dataset", lambda *_, **__: replace(made, recordings=shown))
-    with pytest.warns(DataWarning, match="no training recording shows motion_1; the network cannot learn it"):
+    with pytest.warns(
+        DataWarning, match="no training recording shows motion_1; the network cannot learn what it never sees"
+    ):
         trgnet.train(tiny("train.epochs=1"), out=tmp_path / "run", console=silent)
 
 
@@ -112,7 +114,7 @@ def test_a_warning_about_data_is_one_line(tmp_path, capsys, tiny_overrides, monk
     told = capsys.readouterr().err
     assert (
         told
-        == "trgnet: warning: synthetic: no training recording shows motion_2; the network cannot learn it\n"
+        == "trgnet: warning: synthetic: no training recording shows motion_2; the network cannot learn what it never sees\n"
     )
 
 

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(str(error)) from error
     except BrokenPipeError:  # whoever was reading has seen enough, as head has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return 141  # 128 + SIGPIPE, which some systems have no number for
     except (UserError, OSError) as error:
         print(f"trgnet: error: {error}", file=sys.stderr)
         return 2

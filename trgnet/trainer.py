@@ -902,9 +902,9 @@ def describe(dataset: Dataset, config: Config) -> RunInfo:
     split = split_dataset(dataset, config)
     unseen = _unseen(split.train, dataset.classes)
     if unseen:
+        shown = ", ".join(unseen[:5]) + (f" and {len(unseen) - 5} more" if len(unseen) > 5 else "")
         warnings.warn(
-            f"{dataset.name}: no training recording shows {', '.join(unseen)}; the network cannot learn "
-            f"{'it' if len(unseen) == 1 else 'them'}",
+            f"{dataset.name}: no training recording shows {shown}; the network cannot learn what it never sees",
             DataWarning,
             stacklevel=2,
         )
