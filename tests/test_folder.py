@@ -336,6 +336,16 @@ def test_init_guesses_the_axes(tmp_path, shape, axes, joints):
     assert f"axes: {axes} " in text and f"joint_{joints - 1}]" in text
 
 
+@pytest.mark.parametrize("name", ["2024", "it's {x}: y", 'a "b" # c', "null"])
+def test_init_copes_with_any_name(tmp_path, name):
+    root = tmp_path / name
+    root.mkdir()
+    np.savez(root / "a.npz", **{"my: array": np.zeros((50, 25, 3)), "no": np.zeros(50, int)})
+    assert main(["data", "init", str(root), "--skeleton", "pku"]) == 0
+    description = read_description(root)
+    assert (description.name, description.array, description.labels) == (name, "my: array", "no")
+
+
 def test_every_key_is_explained_by_init(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((9, 2, 3)))
     assert main(["data", "init", str(tmp_path)]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,7 +99,10 @@ def _init(options: argparse.Namespace) -> None:
     if path.exists():
         raise UserError(f"{path} is there already; edit it, or remove it to start anew")
     write_text(
-        path, TEMPLATE.format(folder=folder, name=folder.resolve().name, **_guesses(folder, options.skeleton))
+        path,
+        TEMPLATE.format(
+            folder=folder, name=_quoted(folder.resolve().name), **_guesses(folder, options.skeleton)
+        ),
     )
     print(f"{path}: fill in what only you know, then: trgnet data check {folder}")
 
@@ -120,7 +124,7 @@ def _guesses(folder: Path, skeleton: str | None) -> dict[str, object]:
     return {
         "fps": 30,
         "recordings": pattern,
-        "array": f"array: {name}              # of the recording in an .npz file"
+        "array": f"array: {_quoted(name)}              # of the recording in an .npz file"
         if name
         else "# array: positions",
         "axes": axes,
@@ -129,8 +133,13 @@ def _guesses(folder: Path, skeleton: str | None) -> dict[str, object]:
         "root": root,
         "edges": ", ".join(f"[{child}, {parent}]" for child, parent in edges),
         "classes": ", ".join(f"action_{index}" for index in classes),
-        "labels": labels or "labels",
+        "labels": _quoted(labels or "labels"),
     }
+
+
+def _quoted(name: str) -> str:
+    """A name as a YAML text, whatever it is made of."""
+    return json.dumps(name, ensure_ascii=False)
 
 
 def _recordings(folder: Path) -> tuple[str, list[Path]]:
