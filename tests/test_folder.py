@@ -333,7 +333,7 @@ def test_init_guesses_the_axes(tmp_path, shape, axes, joints):
     np.save(tmp_path / "a.npy", np.zeros(shape))
     assert main(["data", "init", str(tmp_path)]) == 0
     text = (tmp_path / "dataset.yaml").read_text(encoding="utf-8")
-    assert f"axes: {axes} " in text and f"joint_{joints - 1}]" in text
+    assert f"axes: {axes} " in text and f'joint_{joints - 1}"]' in text
 
 
 @pytest.mark.parametrize("name", ["2024", "it's {x}: y", 'a "b" # c', "null"])
@@ -344,6 +344,42 @@ def test_init_copes_with_any_name(tmp_path, name):
     assert main(["data", "init", str(root), "--skeleton", "pku"]) == 0
     description = read_description(root)
     assert (description.name, description.array, description.labels) == (name, "my: array", "no")
+
+
+def test_init_reads_the_columns_of_tables(folder):
+    for name in ("p1 a.npz", "p1_b.npy"):
+        (folder / "recordings" / name).unlink()
+    (folder / "dataset.yaml").unlink()
+    assert main(["data", "init", str(folder)]) == 0
+    edit(folder, "edges: []", "edges: [[1, 0], [2, 0], [3, 2]]")
+    edit(folder, "action_0, action_1", "a, b, c")
+    edit(folder, "text: text.npz", "text: none")
+    assert read_description(folder).joints == JOINTS and read_description(folder).channels == ("z", "y", "x")
+    assert len(load_folder(str(folder)).recordings) == 1
+
+
+def test_a_cache_follows_the_description(folder, tmp_path):
+    arrays = {"positions": positions(1), "other": positions(9)}
+    np.savez(folder / "recordings" / "p1 a.npz", **arrays)
+    cache = str(tmp_path / "cache")
+    first = load_folder(str(folder), cache=cache).recordings[0].features
+    edit(folder, "labels: labels", "labels: labels\narray: other")
+    second = load_folder(str(folder), cache=cache).recordings[0].features
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(second, load_folder(str(folder)).recordings[0].features)
+
+
+def test_a_blank_line_is_a_frame_without_a_label(folder):
+    lines = ["stand"] * 10 + ["", ""] + ["walk"] * 28
+    (folder / "labels" / "p1_b.txt").write_text("\n".join(lines) + "\n")
+    assert load_folder(str(folder)).recordings[1].labels.tolist() == [0] * 10 + [255] * 2 + [1] * 28
+
+
+def test_lines_are_counted_as_an_editor_counts(folder):
+    (folder / "labels" / "p1 a.npy").unlink()
+    (folder / "labels" / "p1 a.csv").write_text("start,end,label\n\n\n0,5,run\n")
+    with pytest.raises(UserError, match="p1 a.csv, line 4: expected a class name"):
+        load_folder(str(folder))
 
 
 def test_every_key_is_explained_by_init(tmp_path):

@@ -112,7 +112,7 @@ def _guesses(folder: Path, skeleton: str | None) -> dict[str, object]:
     pattern, files = _recordings(folder)
     arrays = _arrays(files[0])
     shape = max(
-        (array.shape for array in arrays.values() if array.ndim in (2, 3)), key=len, default=(1, 0, 3)
+        (array.shape for array in arrays.values() if array.ndim in (2, 3)), key=len, default=(1000, 4, 3)
     )
     name = next((name for name, array in arrays.items() if array.shape == shape), "")
     axes, joints, channels = _axes(shape)
@@ -121,6 +121,10 @@ def _guesses(folder: Path, skeleton: str | None) -> dict[str, object]:
     )
     classes = range(1 + max(_highest(_arrays(file), labels) for file in files) if labels else 2)
     names, root, edges = _joints(joints, skeleton)
+    letters = list("xyz"[:channels]) if channels <= 3 else [f"c{index}" for index in range(channels)]
+    if files[0].suffix == ".csv" and skeleton is None:
+        names, letters = _columns(files[0])
+        root = names[0]
     return {
         "fps": 30,
         "recordings": pattern,
@@ -128,13 +132,24 @@ def _guesses(folder: Path, skeleton: str | None) -> dict[str, object]:
         if name
         else "# array: positions",
         "axes": axes,
-        "channels": ", ".join("xyz"[:channels] if channels <= 3 else (f"c{i}" for i in range(channels))),
-        "joints": ", ".join(names),
-        "root": root,
+        "channels": ", ".join(map(_quoted, letters)),
+        "joints": ", ".join(map(_quoted, names)),
+        "root": _quoted(root),
         "edges": ", ".join(f"[{child}, {parent}]" for child, parent in edges),
         "classes": ", ".join(f"action_{index}" for index in classes),
         "labels": _quoted(labels or "labels"),
     }
+
+
+def _columns(file: Path) -> tuple[list[str], list[str]]:
+    """Joints and channels of a table whose columns are JOINT_CHANNEL, in their order."""
+    from .data.folder import LABEL, read_table
+
+    parts = [column.rpartition("_") for column in read_table(file)[0] if column != LABEL]
+    found = [list(dict.fromkeys(names)) for names in ([p[0] for p in parts], [p[2] for p in parts])]
+    if not all(joint and channel for joint, _, channel in parts) or not parts:
+        raise UserError(f"file {file}, line 1: expected columns JOINT_CHANNEL, such as left_hip_x")
+    return found[0], found[1]
 
 
 def _quoted(name: str) -> str:
@@ -257,7 +272,7 @@ def _class_table(dataset: Dataset):
     from .data import segments_of
 
     segments = [part for recording in dataset.recordings for part in segments_of(recording.labels)]
-    total = sum(length for _, length, _ in segments)
+    total = sum(length for _, length, _ in segments) or 1  # nothing may be labelled yet
     table = Table(title="Classes", title_justify="left")
     table.add_column("class")
     for column in ("frames", "share [%]", "segments", "median length [s]"):
@@ -279,6 +294,9 @@ def _draw(dataset: Dataset, options: argparse.Namespace) -> None:
         return  # the arrays of published data are known, one's own need to be looked at
     description = read_description(options.folder)
     positions, name, frame = _middle_frame(options.folder, description)
+    if positions.shape[1] < 2:
+        print("one channel is no position; there is nothing to draw")
+        return
     out = options.out or Path(f"{dataset.name}-skeleton.png")
     plot_skeleton(out, positions, dataset.skeleton, f"{name}, frame {frame}")
     print(out)

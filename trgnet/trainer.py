@@ -559,7 +559,8 @@ class Trainer:
             self.schedule.load_state_dict(state["schedule"])
             self.scaler.load_state_dict(state["scaler"])
             self.epoch, self.step = state["epoch"], state["step"]
-            self.history, self.best = state["history"], state["best"]
+            self.history = state["history"]
+            self.best = None if "train.best_on" in changed else state["best"]  # chosen on other recordings
             if state["watch"] is not None:
                 self.watch = LossWatch(self.epoch + 1, 0.0, self.processes)
                 self.watch.load_state_dict(state["watch"])
@@ -575,7 +576,8 @@ class Trainer:
         if self.watch is not None and early:
             raise UserError(
                 f"{', '.join(early)} can change between two epochs only, and this training ended within epoch "
-                f"{self.watch.epoch}: continue it as it was with train.epochs={self.watch.epoch}, then change"
+                f"{self.watch.epoch}: continue it as it was with train.checkpoint_every=1, interrupt it after an "
+                "epoch's end with a second Ctrl-C, and change then"
             )
         if any(key.startswith(("optimizer.", "schedule.")) for key in changed):
             self._apply(settings)

@@ -24,6 +24,8 @@ def prepared_features(
     read: Callable[[bytes], np.ndarray],
     preparation: Preparation,
     cache: str | Path | None = None,
+    *,
+    reading_as: str = "",
 ) -> np.ndarray:
     """The features of a raw file.
 
@@ -34,6 +36,7 @@ def prepared_features(
         cache: folder for prepared features, made where it is not there. A stored file is found by the content of
             the raw file and the preparation, so that a change of either prepares anew; it is mapped from
             disk, and processes that map it share its memory. None: prepared now and kept in memory.
+        reading_as: whatever else decides what `read` makes of the bytes; another text prepares anew too.
 
     Returns:
         float32 (C, V, T), not to be written to.
@@ -46,7 +49,7 @@ def prepared_features(
         content = path.read_bytes()
     if cache is None:
         return _prepared(path, read, content, preparation)
-    stored = Path(cache) / f"{_key(content, preparation)}.npy"
+    stored = Path(cache) / f"{_key(content, preparation, reading_as)}.npy"
     found = _mapped(stored)
     if found is None:
         features = _prepared(path, read, content, preparation)
@@ -68,8 +71,10 @@ def _prepared(
         raise UserError(f"file {path}: {error}") from error
 
 
-def _key(content: bytes, preparation: Preparation) -> str:
-    digest = hashlib.blake2b(f"{VERSION} {preparation.model_dump_json()} ".encode(), digest_size=20)
+def _key(content: bytes, preparation: Preparation, reading_as: str) -> str:
+    digest = hashlib.blake2b(
+        f"{VERSION} {preparation.model_dump_json()} {reading_as} ".encode(), digest_size=20
+    )
     digest.update(content)
     return digest.hexdigest()
 

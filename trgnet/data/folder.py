@@ -18,7 +18,7 @@ import numpy as np
 
 from ..errors import DataWarning, UserError, did_you_mean, reading
 from ..text import TextPrior, load_text
-from .arrays import load_arrays
+from .arrays import load_array, load_arrays
 from .cache import prepared_features
 from .description import Description, read_description, read_text
 from .labels import IGNORE, cut_to_shorter
@@ -118,7 +118,7 @@ def find_recordings(folder: Path, pattern: str, text: str | tuple[str, str] = "t
     files = sorted(
         path
         for path in found
-        if path.suffix in ENDINGS and not path.name.startswith(".") and path not in others
+        if path.suffix in ENDINGS and path.is_file() and not path.name.startswith(".") and path not in others
     )
     if not files:
         raise UserError(
@@ -157,7 +157,7 @@ def _read_columns(path: Path, description: Description) -> np.ndarray:
             f"file {path}: a table has the axes 't v c', but the description says {description.axes!r}"
         )
     wanted = [f"{joint}_{channel}" for joint in description.joints for channel in description.channels]
-    header, rows = _table(path)
+    header, rows = read_table(path)
     missing = [name for name in wanted if name not in header]
     if missing:
         raise UserError(
@@ -166,22 +166,25 @@ def _read_columns(path: Path, description: Description) -> np.ndarray:
         )
     places = [header.index(name) for name in wanted]
     values = np.empty((len(rows), len(wanted)))
-    for number, row in enumerate(rows):
+    for frame, (number, row) in enumerate(rows):
         try:
-            values[number] = [float(row[place]) for place in places]
+            values[frame] = [float(row[place]) for place in places]
         except ValueError as error:
-            raise UserError(f"file {path}, line {number + 2}: {error}") from error
+            raise UserError(f"file {path}, line {number}: {error}") from error
     return values.reshape(len(rows), len(description.joints), len(description.channels))
 
 
-def _table(path: Path) -> tuple[list[str], list[list[str]]]:
-    """The names of the columns, and the lines, each as long."""
+def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The names of the columns, and the lines with their numbers, each as long."""
     lines = csv.reader(io.StringIO(read_text(path)))
     try:
-        header, *rows = [[cell.strip() for cell in row] for row in lines if row]
-    except (csv.Error, ValueError) as error:
-        raise UserError(f"file {path}: expected a line with the names of the columns, got {error}") from error
-    for number, row in enumerate(rows, start=2):
+        numbered = [(lines.line_num, [cell.strip() for cell in row]) for row in lines if row]
+    except csv.Error as error:
+        raise UserError(f"file {path}, line {lines.line_num}: {error}") from error
+    if not numbered:
+        raise UserError(f"file {path} is empty; expected a line with the names of the columns")
+    (_, header), *rows = numbered
+    for number, row in rows:
         if len(row) != len(header):
             raise UserError(f"file {path}, line {number}: expected {len(header)} cells, got {len(row)}")
     return header, rows
@@ -211,10 +214,10 @@ def read_labels(path: Path, folder: Path, description: Description, frames: int)
         if description.labels in arrays:
             return _checked_indices(arrays[description.labels], f"file {path}", description)
     if path.suffix == ".csv":
-        header, rows = _table(path)
+        header, rows = read_table(path)
         if LABEL in header:
             place = header.index(LABEL)
-            names = [(number, row[place]) for number, row in enumerate(rows, start=2)]
+            names = [(number, row[place]) for number, row in rows]
             return _classes_of(names, path, description)
     found = _label_file(path.stem, folder, description.labels)
     return None if found is None else _read_label_file(found, description, frames)
@@ -235,14 +238,12 @@ def _check_inside(pattern: str) -> None:
 
 
 def _read_label_file(path: Path, description: Description, frames: int) -> np.ndarray:
-    if path.suffix == ".npy":
-        return _checked_indices(load_arrays(path)[""], f"file {path}", description)
+    if path.suffix in (".npy", ".npz"):
+        return _checked_indices(load_array(path), f"file {path}", description)
     lines = [line.strip() for line in read_text(path).splitlines()]
     if path.suffix == ".csv" and lines and "," in lines[0]:
         return _read_segments(path, description, frames)
-    return _classes_of(
-        [(number, line) for number, line in enumerate(lines, start=1) if line], path, description
-    )
+    return _classes_of(list(enumerate(lines, start=1)), path, description)
 
 
 def _classes_of(names: Sequence[tuple[int, str]], path: Path, description: Description) -> np.ndarray:
@@ -284,7 +285,7 @@ def _checked_indices(labels: np.ndarray, where: str, description: Description) -
 
 
 def _read_segments(path: Path, description: Description, frames: int) -> np.ndarray:
-    header, rows = _table(path)
+    header, rows = read_table(path)
     unit = next(
         (ends for ends in (("start", "end"), ("start_seconds", "end_seconds")) if set(ends) <= set(header)),
         None,
@@ -295,7 +296,7 @@ def _read_segments(path: Path, description: Description, frames: int) -> np.ndar
             f"label; got {', '.join(header)}"
         )
     labels, known = np.full(frames, IGNORE, dtype=np.int64), _label_of(description)
-    for line, row in enumerate(rows, start=2):
+    for line, row in rows:
         where, cells = f"file {path}, line {line}", dict(zip(header, row, strict=True))
         start, end = (_frame(cells[end], unit, description, where) for end in unit)
         if end > frames:
@@ -359,7 +360,11 @@ def _read_recording(
     """The recording, and its number of raw frames where that is not the number of its labels."""
     preparation = description.preparation()
     features = prepared_features(
-        path, lambda content: read_raw(path, description, content), preparation, cache
+        path,
+        lambda content: read_raw(path, description, content),
+        preparation,
+        cache,
+        reading_as=repr((path.suffix, description.array, description.joints, description.channels)),
     )
     frames = features.shape[-1]
     if preparation.stride > 1:
