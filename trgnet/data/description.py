@@ -130,13 +130,6 @@ class Description(BaseModel):
             stride=self.stride,
         )
 
-    def subject_of(self, recording: str) -> str | None:
-        """Who is recorded: the first group of `subject`, or its whole match, in the recording's name."""
-        found = re.search(self.subject, recording) if self.subject is not None else None
-        if found is None:
-            return None
-        return found[1] if found.re.groups else found[0]
-
 
 def _index(name: str, names: tuple[str, ...], where: str, kind: str) -> int:
     if name not in names:

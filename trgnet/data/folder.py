@@ -22,7 +22,7 @@ from .arrays import load_array, load_arrays
 from .cache import prepared_features
 from .description import Description, read_description, read_text
 from .labels import IGNORE, cut_to_shorter
-from .recording import Dataset, Recording
+from .recording import Dataset, Recording, subject_in
 
 __all__ = ["Checked", "check_folder", "find_recordings", "load_folder", "read_labels", "read_raw"]
 
@@ -377,7 +377,7 @@ def _read_recording(
         features = features if not differ else np.ascontiguousarray(features[..., : len(labels)])
     with reading(f"file {path}"):
         return Recording(
-            path.stem, features, labels, description.subject_of(path.stem)
+            path.stem, features, labels, subject_in(path.stem, description.subject)
         ), frames if differ else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -87,6 +88,14 @@ class Recording:
         if self.labels is None:
             raise ValueError(f"recording {self.name!r} has no labels, so it has no known boundaries")
         return boundaries_of(self.labels)
+
+
+def subject_in(name: str, pattern: str | re.Pattern[str] | None) -> str | None:
+    """Who is recorded: the pattern's first group, or its whole match, in a recording's name; None without one."""
+    found = re.search(pattern, name) if pattern is not None else None
+    if found is None:
+        return None
+    return found[1] if found.re.groups else found[0]
 
 
 class Split(NamedTuple):

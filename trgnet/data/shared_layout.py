@@ -36,7 +36,7 @@ from .arrays import load_array
 from .cache import prepared_features
 from .labels import IGNORE, cut_to_shorter
 from .preparation import Preparation
-from .recording import Dataset, Recording
+from .recording import Dataset, Recording, subject_in
 
 __all__ = ["SHARED_DATASETS", "SharedDataset", "load_lara", "load_shared"]
 
@@ -129,7 +129,7 @@ def load_shared(
     _check_distinct(entries)
     prior = _prior(facts, classes, text)
     recordings = _read_recordings(facts, entries, cache)
-    named = tuple(replace(each, subject=_subject(subjects, each.name)) for each in recordings)
+    named = tuple(replace(each, subject=subject_in(each.name, subjects)) for each in recordings)
     if subject is not None and all(recording.subject is None for recording in named):
         raise UserError(f"subject {subject!r} matches no recording's name, such as {named[0].name!r}")
     return Dataset(
@@ -183,13 +183,6 @@ def _pattern(subject: str | None) -> re.Pattern[str] | None:
         return re.compile(subject)
     except (re.error, TypeError) as error:
         raise UserError(f"subject must be a regular expression, got {subject!r}: {error}") from error
-
-
-def _subject(pattern: re.Pattern[str] | None, name: str) -> str | None:
-    found = pattern.search(name) if pattern else None
-    if found is None:
-        return None
-    return found[1] if found.re.groups else found[0]
 
 
 def _folder(root: Path, name: str) -> Path:
