@@ -2,11 +2,14 @@
 
 An operator is one mathematical function with a plain reference, a count of its work and a ``torch.library`` op
 of the same name (``torch.ops.trgnet.NAME``) with a fake implementation and autograd; one that works in place
-has neither outputs nor autograd. Its file reads: formula and shapes, reference, FLOPs, public function.
+has neither outputs nor autograd. Where it has Triton kernels, ``torch.ops.trgnet.NAME_triton`` launches them and
+``NAME_triton_backward`` those of the gradient. Its file reads: formula and shapes, reference, FLOPs, kernels, public
+function.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -18,6 +21,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .backend import BackendError, checked_backend, current_backend
+from .launch import obstacle
+from .precision import without_autocast
 
 _OPERATORS: dict[str, Operator] = {}
 
@@ -30,6 +35,30 @@ class Cost:
     flops: int
 
 
+@dataclass(frozen=True)
+class Fused:
+    """The Triton implementation of an operator: two functions of tensors that launch kernels.
+
+    Both are annotated, run on fake tensors (where they only allocate, see :func:`.launch.launchable`), and are called
+    with autocast switched off.
+    """
+
+    forward: Callable[..., Any]
+    """With the signature of the reference; returns its outputs as a tuple, None in the place of an empty one."""
+    backward: Callable[..., Any]
+    """Called with the gradients of the differentiable outputs, the arguments, the outputs that ``saved`` names, and a
+    list that says of each of ``differentiable`` whether its gradient is needed. Returns a tuple of those gradients; None,
+    or any tensor, in the place of one that is not needed."""
+    differentiable: tuple[int, ...]
+    """Positions of the arguments that have gradients."""
+    saved: tuple[int, ...] = ()
+    """Positions of the outputs that ``backward`` takes."""
+    narrowed: tuple[int, ...] = ()
+    """Positions of the arguments that autocast converts to its dtype, as it does for a matrix product."""
+    unsupported: Callable[..., str | None] = lambda *_: None
+    """Called with the arguments; says why there is no kernel for them, None if there is."""
+
+
 class Operator:
     """One function and its implementations.
 
@@ -38,7 +67,7 @@ class Operator:
             underscore and ``_reference``) the op's name. It returns a tensor or a tuple of tensors, runs on meta
             tensors, and draws no random numbers of its own (dropout takes a seed, see :mod:`.dropout`).
         flops: Called with the same arguments; returns (forward, backward) floating-point operations.
-        triton: The fused implementation with the signature of ``reference``; None where there is none.
+        triton: The fused implementation; None where there is none.
         statistics: How many of the outputs, the last ones, are by-products without a gradient.
         mutates: Names of the arguments that are changed in place. Such an operator returns nothing and has no
             gradient.
@@ -48,16 +77,18 @@ class Operator:
         self,
         reference: Callable[..., Any],
         flops: Callable[..., tuple[int, int]],
-        triton: Callable[..., Any] | None = None,
+        triton: Fused | None = None,
         statistics: int = 0,
         mutates: tuple[str, ...] = (),
     ) -> None:
         self.name = reference.__name__.removeprefix("_").removesuffix("_reference")
         self.reference = reference
         self.triton = triton
+        self.statistics = statistics
         self._flops = flops
         self._mutates = mutates
         self.op = _register_in_place(self) if mutates else _register(self, statistics)
+        self.triton_op = _register_triton(self.name, triton, statistics) if triton else None
         _OPERATORS[self.name] = self
 
     @property
@@ -69,21 +100,33 @@ class Operator:
         """Return the backend that a call with these arguments runs on; raises BackendError."""
         choice = current_backend() if forced is None else checked_backend(forced, self.name)
         if choice == "auto":
-            on_gpu = all(tensor.is_cuda for tensor in _tensors(args))
-            return "triton" if self.triton is not None and on_gpu else "reference"
+            on_gpu = self.triton is not None and all(tensor.is_cuda for tensor in _tensors(args))
+            return "triton" if on_gpu and self._obstacle(args) is None else "reference"
         if choice not in self.backends:
             raise BackendError(
                 f"{self.name}: backend {choice!r} is forced, but this operator has only "
                 f"{', '.join(self.backends)}; choose one of them or 'auto' (argument backend=, use_backend() "
                 "or TRGNET_BACKEND)"
             )
+        if choice == "triton":
+            reason = self._obstacle(args)
+            if reason is not None:
+                raise BackendError(f"{self.name}: backend 'triton' is forced, but {reason}")
         return choice
+
+    def _obstacle(self, args: Sequence[Any]) -> str | None:
+        """Why the Triton kernels cannot run with these arguments; None if they can."""
+        return obstacle(_tensors(args)) or self.triton.unsupported(*args)
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         choice = self.choose(args, backend)
         if choice == "reference":
             return self.reference(*args)
-        return self.op(*args) if choice == "recompute" else self.triton(*args)
+        return self.op(*args) if choice == "recompute" else self._call_triton(*args)
+
+    def _call_triton(self, *args: Any) -> Any:
+        outputs = self.triton_op(*_narrowed(args, self.triton.narrowed))
+        return outputs if len(outputs) > 1 else outputs[0]
 
     def cost(self, *args: Any, backward: bool = False) -> Cost:
         """Return the least work for these arguments (tensors of any device, meta tensors included).
@@ -182,6 +225,57 @@ def _register(operator: Operator, statistics: int) -> Any:
 
     op.register_autograd(backward, setup_context=setup_context)
     return op
+
+
+def _register_triton(name: str, fused: Fused, statistics: int) -> Any:
+    """Make ``torch.ops.trgnet.NAME_triton`` and ``NAME_triton_backward`` from a fused implementation."""
+
+    def custom_op(op_name: str, function: Callable[..., Any]) -> Any:
+        @functools.wraps(function)
+        def launcher(*args: Any) -> Any:
+            like = _tensors(args)[0]
+            with without_autocast(like):
+                return tuple(like.new_empty(0) if out is None else out for out in function(*args))
+
+        schema = torch.library.infer_schema(function, mutates_args=())
+        op = torch.library.custom_op(f"trgnet::{op_name}", launcher, mutates_args=(), schema=schema)
+        op.register_fake(launcher)
+        return op
+
+    op = custom_op(f"{name}_triton", fused.forward)
+    backward_op = custom_op(f"{name}_triton_backward", fused.backward)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(
+            *[a for a in inputs if isinstance(a, Tensor)], *[output[i] for i in fused.saved]
+        )
+        ctx.rest = [None if isinstance(a, Tensor) else (a,) for a in inputs]
+        if statistics:
+            ctx.mark_non_differentiable(*output[-statistics:])
+
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = iter(ctx.saved_tensors)
+        args = [next(tensors) if other is None else other[0] for other in ctx.rest]
+        needed = [ctx.needs_input_grad[i] for i in fused.differentiable]
+        differentiable = grad_outputs[: len(grad_outputs) - statistics]
+        computed = backward_op(*differentiable, *args, *tensors, needed)
+        gradients: list[Tensor | None] = [None] * len(args)
+        for i, gradient, need in zip(fused.differentiable, computed, needed, strict=True):
+            gradients[i] = gradient if need else None
+        return tuple(gradients)
+
+    op.register_autograd(backward, setup_context=setup_context)
+    return op
+
+
+def _narrowed(args: Sequence[Any], positions: Sequence[int]) -> list[Any]:
+    """The arguments, those at ``positions`` in autocast's dtype where autocast is on for their device."""
+    args = list(args)
+    for i in positions:
+        device = args[i].device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            args[i] = args[i].to(torch.get_autocast_dtype(device))
+    return args
 
 
 def _recomputed_gradients(

@@ -1,0 +1,69 @@
+"""Statistics over real frames from those of parts, for kernels that see a tensor tile by tile.
+
+A part is what one program saw of one channel: the number of its real values, their mean, and the sum of their squared
+deviations from it. Parts lie in a tensor (3, F, P) of float32 and combine without cancellation:
+
+    mean = sum_i count_i mean_i / count,    count var = sum_i deviation_i + count_i (mean_i - mean)^2
+
+Source: T. F. Chan, G. H. Golub, R. J. LeVeque, Algorithms for computing the sample variance, 1983.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .launch import device_function, kernel, launch, launchable, tl
+
+
+@device_function
+def store_part(parts_ptr, i_p, values, real, channels, m_channels, F, P, shared_count):
+    """Store part ``i_p`` of the channels: values and their mask (C, X, Y), ``shared_count`` real values each."""
+    values = tl.where(real, values, 0.0)
+    total = tl.maximum(shared_count, 1.0)
+    mean = tl.sum(tl.sum(values, 2), 1) / total  # [C]
+    deviation = tl.where(real, values - mean[:, None, None], 0.0)
+    squares = tl.sum(tl.sum(deviation * deviation, 2), 1)
+    place = parts_ptr + channels.to(tl.int64) * P + i_p
+    plane = F.to(tl.int64) * P
+    tl.store(place, tl.zeros_like(mean) + shared_count, mask=m_channels)
+    tl.store(place + plane, mean, mask=m_channels)
+    tl.store(place + 2 * plane, squares, mask=m_channels)
+
+
+@kernel
+def _combine_parts_kernel(parts_ptr, mean_ptr, var_ptr, F, P, BP: tl.constexpr):
+    i_f = tl.program_id(0).to(tl.int64)
+    o_p = tl.arange(0, BP)
+    row = parts_ptr + i_f * P
+    plane = F.to(tl.int64) * P
+    count, total = tl.zeros([BP], tl.float32), tl.zeros([BP], tl.float32)
+    for i in range(0, P, BP):
+        m_p = i + o_p < P
+        b_count = tl.load(row + i + o_p, mask=m_p, other=0.0)
+        count += b_count
+        total += b_count * tl.load(row + plane + i + o_p, mask=m_p, other=0.0)
+    n = tl.maximum(tl.sum(count), 1.0)
+    mean = tl.sum(total) / n
+    squares = tl.zeros([BP], tl.float32)
+    for i in range(0, P, BP):
+        m_p = i + o_p < P
+        b_count = tl.load(row + i + o_p, mask=m_p, other=0.0)
+        distance = tl.load(row + plane + i + o_p, mask=m_p, other=0.0) - mean
+        squares += tl.load(row + 2 * plane + i + o_p, mask=m_p, other=0.0) + b_count * distance * distance
+    tl.store(mean_ptr + i_f, mean)
+    tl.store(var_ptr + i_f, tl.sum(squares) / n)
+
+
+def combined(parts: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (F,), (F,) of the parts (3, F, P)."""
+    _, features, count = parts.shape
+    mean, var = parts.new_empty(features), parts.new_empty(features)
+    if launchable(parts):
+        launch(_combine_parts_kernel, (features,), parts, mean, var, features, count, BP=512)
+    return mean, var
+
+
+def new_parts(x: Tensor, features: int, count: int) -> Tensor:
+    """Room for ``count`` parts of each channel."""
+    return x.new_empty(3, features, count, dtype=torch.float32)
