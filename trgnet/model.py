@@ -33,7 +33,6 @@ from trgnet.kernels import (
     pointwise,
     segment_mean,
     synchronised_statistics,
-    wide_dtype,
 )
 
 from .data.batch import Segments
@@ -81,22 +80,31 @@ class MaskedBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(features))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
-    def forward(self, x: Tensor, mask: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(N, F, V, T) -> (N, F, V, T), zero on padded frames."""
-        if not self.training:
-            return self._normalise(x, mask, residual, (self.running_mean, self.running_var))[0]
-        if self.process_group is None:
-            (out, mean, var), count = self._normalise(x, mask, residual, None), mask.sum() * x.shape[2]
-        else:
-            *running, count = synchronised_statistics(x, mask, self.process_group)
-            out, mean, var = self._normalise(x, mask, residual, running)
-        self._track(mean, var, count)
-        return out
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor,
+        residual: Tensor | None = None,
+        *,
+        statistics: Sequence[Tensor] | None = None,
+        frame_sum: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """(N, F, V, T) -> the same, zero on padded frames, and its sum over time (N, F, V) where wanted.
 
-    def _normalise(
-        self, x: Tensor, mask: Tensor, residual: Tensor | None, running: Sequence[Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return masked_batch_norm(x, mask, self.weight, self.bias, residual=residual, running=running)
+        `statistics` are those that the operator that made x returned.
+        """
+        known = {"statistics": statistics}
+        if not self.training:
+            known = {"running": (self.running_mean, self.running_var)}
+        elif self.process_group is not None:
+            *running, count = synchronised_statistics(x, mask, self.process_group)
+            known = {"running": running}
+        out, total, mean, var = masked_batch_norm(
+            x, mask, self.weight, self.bias, residual=residual, frame_sum=frame_sum, **known
+        )
+        if self.training:
+            self._track(mean, var, mask.sum() * x.shape[2] if self.process_group is None else count)
+        return out, total
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
@@ -128,32 +136,34 @@ class SpatialModule(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor, joint_graph: Tensor) -> Tensor:
         """x (N, C, V, T), mask (N, 1, T), joint_graph (V, V) -> (N, F, V, T), zero on padded frames."""
-        y = multiscale_graph_conv(
-            x, self.hops + self.hop_residual, self.multiscale.weight, self.multiscale.bias
+        # The operators return the batch's statistics, where they have them for nothing, to the norms of training.
+        counted = mask if self.training else None
+        y, *statistics = multiscale_graph_conv(
+            x, self.hops + self.hop_residual, self.multiscale.weight, self.multiscale.bias, mask=counted
         )
-        y = self.multiscale_norm(y, mask)
-        z = dynamic_graph_conv(
-            *self._value_and_frame_relations(y), self._graph(y, mask, joint_graph), self.beta
+        y, total = self.multiscale_norm(y, mask, statistics=statistics, frame_sum=True)
+        value, bias = self._value_and_frame_relations(y)
+        z, *statistics = dynamic_graph_conv(
+            value, self._graph(total, mask, joint_graph), self.beta, bias=bias, mask=counted
         )
-        return self.norm(z, mask, residual=y)
+        return self.norm(z, mask, residual=y, statistics=statistics)[0]
 
-    def _value_and_frame_relations(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Value (N, F, V, T) and the two frame-level relations (N, V, T), in one product.
+    def _value_and_frame_relations(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and the two frame-level relations in one product, (N, F + 2, V, T), and the bias that it lacks.
 
         The frame level uses the mean over the relation channels, and the mean of 1x1 convolutions is one row.
         """
-        weight = torch.cat(
-            [self.value.weight, self.receive.weight.mean(0, True), self.send.weight.mean(0, True)]
-        )
-        bias = torch.cat([self.value.bias, self.receive.bias.mean(0, True), self.send.bias.mean(0, True)])
-        product = pointwise(y.flatten(2), weight, bias).unflatten(2, y.shape[2:])
-        value, p, q = product.split([y.shape[1], 1, 1], dim=1)
-        return value, p.squeeze(1), q.squeeze(1)
+        layers = [self.value, self.receive, self.send]
+        weight = torch.cat([layers[0].weight, *(layer.weight.mean(0, True) for layer in layers[1:])])
+        bias = torch.cat([layers[0].bias, *(layer.bias.mean(0, True) for layer in layers[1:])])
+        return torch.bmm(weight.expand(len(y), -1, -1), y.flatten(2)).unflatten(2, y.shape[2:]), bias
 
-    def _graph(self, y: Tensor, mask: Tensor, joint_graph: Tensor) -> Tensor:
-        """Channel-level graph (N, F, V, V) plus twice the joint graph: both levels start from it."""
-        # y is zero on padded frames.
-        mean = y.sum(3, dtype=wide_dtype(y)) / mask.sum(2, keepdim=True).clamp(min=1)
+    def _graph(self, total: Tensor, mask: Tensor, joint_graph: Tensor) -> Tensor:
+        """Channel-level graph (N, F, V, V) plus twice the joint graph: both levels start from it.
+
+        total (N, F, V): sum over time.
+        """
+        mean = total / mask.sum(2, keepdim=True).clamp(min=1)
         p, q = self.receive(mean), self.send(mean)
         relation = torch.tanh(p.unsqueeze(3) - q.unsqueeze(2))
         return (
