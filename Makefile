@@ -1,24 +1,35 @@
 # make train   train on the built-in motion capture and print the scores (ARGS="train.epochs=50" passes on)
 # make test    run every test
+# make compiled   print what the Triton kernels compile to for GPUs that need not be there
+#                 (TRITON="3.6.0 3.9.0" for other releases than the installed one)
 # make clean   remove the virtual environment and everything that was built (runs/ stays)
 #
 # PYTHON chooses the interpreter that the virtual environment is made with: make PYTHON=python3.12 test
 
 PYTHON ?= python3
 ARGS ?=
+TRITON ?=
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := train
-.PHONY: train test clean
+.PHONY: train test compiled clean
 
 train: $(VENV)/installed
 	$(BIN)/trgnet train $(ARGS)
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest $(ARGS)
+
+compiled: $(VENV)/installed
+	@set -e; for release in $(TRITON); do \
+	    $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton-$$release triton==$$release; \
+	done
+	@set -e; for release in $(or $(TRITON),installed); do \
+	    PYTHONPATH=$(VENV)/triton-$$release $(BIN)/python -m bench.compiled $(ARGS); \
+	done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache

@@ -8,7 +8,7 @@ network would not do.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -46,6 +46,13 @@ class Case:
     """Positions of the arguments of shape (..., V, T)."""
     dropout: tuple[int, ...] = ()
     """Positions of the dropout probabilities."""
+    fused: dict[int, Any] = field(default_factory=dict)
+    """What the network passes at other positions to have more done in the same kernels, untimed here."""
+
+    @property
+    def network_args(self) -> tuple[Any, ...]:
+        """The arguments as the network passes them."""
+        return tuple(self.fused.get(i, a) for i, a in enumerate(self.args))
 
 
 def make_case(name: str, size: Size = Size()) -> Case:
@@ -65,19 +72,33 @@ def make_case(name: str, size: Size = Size()) -> Case:
     similarity = torch.rand(n, t, generator=generator)
     return {
         "multiscale_graph_conv": lambda: Case(
-            (random(n, c, v, t), random(size.hops, v, v, scale=v**-0.5), *linear(f, size.hops * c)),
-            published.multiscale_graph_conv,
+            (random(n, c, v, t), random(size.hops, v, v, scale=v**-0.5), *linear(f, size.hops * c), None),
+            lambda *args: published.multiscale_graph_conv(*args[:-1]),
             swapped=(0,),
+            fused={4: mask},
         ),
         "dynamic_graph_conv": lambda: Case(
-            (random(n, f, v, t), random(n, v, t), random(n, v, t), random(n, f, v, v), random(1)),
-            published.dynamic_graph_conv,
-            swapped=(0, 1, 2),
+            (random(n, f + 2, v, t), random(n, f, v, v), random(1), None, None),
+            _dynamic_graph_conv,
+            swapped=(0,),
+            fused={3: random(f + 2), 4: mask},
         ),
         "masked_batch_norm": lambda: Case(
-            (random(n, f, v, t), mask, random(f), random(f), random(n, f, v, t), None, None, 1e-5),
+            (
+                random(n, f, v, t),
+                mask,
+                random(f),
+                random(f),
+                random(n, f, v, t),
+                None,
+                None,
+                False,
+                False,
+                1e-5,
+            ),
             _batch_norm,
             swapped=(0, 4),
+            fused={8: True},
         ),
         "attention_layer": lambda: Case(
             (
@@ -174,6 +195,12 @@ def _segments(size: Size) -> tuple[Tensor, Tensor, Tensor]:
     frames = size.t // per_sequence
     starts = torch.arange(per_sequence).repeat(size.n) * frames
     return torch.arange(size.n).repeat_interleave(per_sequence), starts, torch.full_like(starts, frames)
+
+
+def _dynamic_graph_conv(x: Tensor, graph: Tensor, beta: Tensor, *_: object) -> Tensor:
+    """The published convolution has three inputs."""
+    value, p, q = x.split([x.shape[1] - 2, 1, 1], dim=1)
+    return published.dynamic_graph_conv(value, p.squeeze(1), q.squeeze(1), graph, beta)
 
 
 def _batch_norm(

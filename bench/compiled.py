@@ -1,0 +1,307 @@
+"""Compiles every Triton kernel for GPUs that need not be there, and prints what came out.
+
+    python -m bench.compiled                     # every operator, precision and architecture; exit code 1 on a fault
+    python -m bench.compiled --arch sm_90 --operator dynamic_graph_conv --precision bfloat16
+    python -m bench.compiled --json FILE         # the same as records
+
+    PYTHONPATH=DIR python -m bench.compiled      # with another release of Triton: pip install --no-deps --target DIR triton==3.9.0
+
+One row is one kernel at the configuration that it is launched with: registers per thread, shared memory per block,
+bytes that spill to local memory, the share of the bytes of its global accesses that are in 16-byte accesses, and the
+numbers of tensor-core and of float64 instructions. The kernels are found by recording what the operators launch, so a new
+one is here by itself. Compiling needs Triton only (its NVIDIA tools come with it), no GPU and no particular torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from trgnet.kernels import operator, operator_table
+from trgnet.kernels.launch import Launch, Target, interpreted, record_launches
+
+from .operators import Size, make_case
+
+ARCHITECTURES = {
+    "sm_80": Target("cuda", 80),
+    "sm_90": Target("cuda", 90),
+    "sm_100": Target("cuda", 100),
+    "gfx942": Target("hip", "gfx942"),
+}
+PRECISIONS = {
+    "float32": (torch.float32, "highest"),
+    "tf32": (torch.float32, "high"),
+    "bfloat16": (torch.bfloat16, "highest"),
+    "float16": (torch.float16, "highest"),
+}
+SIZE = Size(n=2, t=128)
+"""Published widths. Configurations depend on neither the batch nor the length, but on its being a multiple of 16."""
+
+
+ALLOWED_SPILLS = {("gfx942", "3.6"): 44, ("gfx942", "3.9"): 84}
+"""Bytes by architecture and release of Triton: its AMD backend needs some more registers for the dynamic graph
+convolution there than that of 3.7, the release that torch comes with."""
+
+
+@dataclass(frozen=True)
+class Code:
+    """Facts of one compiled kernel."""
+
+    operator: str
+    kernel: str
+    precision: str
+    arch: str
+    num_warps: int
+    registers: int
+    shared: int
+    shared_limit: int
+    spilled: int
+    wide: float
+    """Share of the bytes of all global loads and stores, counted once each, that are in 16-byte accesses."""
+    matrix: int
+    float64: int
+    triton: str
+
+    @property
+    def faults(self) -> list[str]:
+        """What must not be."""
+        found = []
+        release = ".".join(self.triton.split(".")[:2])
+        if self.spilled > ALLOWED_SPILLS.get((self.arch, release), 0):
+            found.append(f"spills {self.spilled} bytes")
+        if self.float64:
+            found.append(f"has {self.float64} float64 instructions")
+        if self.shared > self.shared_limit:
+            found.append(f"needs {self.shared} bytes of shared memory, {self.arch} has {self.shared_limit}")
+        return found
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel of one operator to be compiled."""
+
+    operator: str
+    precision: str
+    arch: str
+    size: Size = SIZE
+
+
+def triton_operators() -> list[str]:
+    """The operators that have kernels."""
+    return [name for name, backends in operator_table() if "triton" in backends]
+
+
+def launches(job: Job) -> list[Launch]:
+    """What forward and backward of an operator launch on the job's architecture."""
+    dtype, matmul = PRECISIONS[job.precision]
+    fused = operator(job.operator).triton
+    args = make_case(job.operator, job.size).network_args
+    args = [_on_meta(a, dtype) if isinstance(a, Tensor) else a for a in args]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(matmul)
+    try:
+        with record_launches(ARCHITECTURES[job.arch]) as recorded:
+            outputs = fused.forward(*args)
+            differentiable = outputs[: len(outputs) - operator(job.operator).statistics]
+            gradients = [torch.empty_like(o) if o is not None else None for o in differentiable]
+            saved = [outputs[i] for i in fused.saved]
+            fused.backward(*gradients, *args, *saved, [True] * len(fused.differentiable))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return list({launch.compilation: launch for launch in recorded}.values())
+
+
+def _on_meta(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # Parameters stay in float32, as under autocast.
+    wide = tensor.dim() == 4 and tensor.is_floating_point()
+    return tensor.detach().to("meta", dtype if wide else tensor.dtype)
+
+
+def compile_job(job: Job) -> list[Code]:
+    """Compile what the job launches."""
+    return [_facts(job, launch, _compiled(launch, ARCHITECTURES[job.arch])) for launch in launches(job)]
+
+
+def _compiled(launch: Launch, target: Target) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = launch.kernel.arg_names
+    types, constants = dict(launch.types), dict(launch.constants)
+    source = ASTSource(
+        fn=launch.kernel,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs=constants,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned},
+    )
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+    gpu = GPUTarget(target.backend, target.arch, 64 if target.backend == "hip" else 32)
+    return triton.compile(source, target=gpu, options=options)
+
+
+def _facts(job: Job, launch: Launch, compiled: Any) -> Code:
+    import triton
+
+    read = _amd_facts if job.arch.startswith("gfx") else _nvidia_facts
+    return Code(
+        operator=job.operator,
+        kernel=launch.kernel.__name__.strip("_").removesuffix("_kernel"),
+        precision=job.precision,
+        arch=job.arch,
+        num_warps=launch.num_warps,
+        shared=compiled.metadata.shared,
+        shared_limit=ARCHITECTURES[job.arch].shared_memory,
+        triton=triton.__version__,
+        **read(compiled.asm),
+    )
+
+
+def _nvidia_facts(asm: dict[str, Any]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(asm["cubin"])
+        usage = _tool("cuobjdump", "-res-usage", str(file))
+        sass = _tool("nvdisasm", "-c", str(file))
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage).groups())
+    opcodes = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P[T\d]+ )?([A-Z][A-Z0-9_.]*)", sass, re.M)
+    accesses = [_sass_width(o) for o in opcodes if re.match(r"(LDG|STG|LDGSTS)\b", o)]
+    return {
+        "registers": registers,
+        "spilled": stack + local,
+        "wide": _wide_share(accesses),
+        "matrix": sum(bool(re.match(r"[HIQBD]MMA|[HIQB]GMMA|UTC\w*MMA", o)) for o in opcodes),
+        "float64": sum(
+            bool(re.match(r"D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|.*\.F64|MUFU\.\w*64", o)) for o in opcodes
+        ),
+    }
+
+
+def _tool(name: str, *args: str) -> str:
+    import triton
+
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    run = subprocess.run([program, *args], capture_output=True, text=True, check=True)
+    return run.stdout + run.stderr
+
+
+def _sass_width(opcode: str) -> int:
+    suffixes = opcode.split(".")
+    for suffix, width in {
+        "256": 32,
+        "128": 16,
+        "64": 8,
+        "U16": 2,
+        "S16": 2,
+        "U8": 1,
+        "S8": 1,
+        "16": 2,
+    }.items():
+        if suffix in suffixes:
+            return width
+    return 4
+
+
+def _amd_facts(asm: dict[str, Any]) -> dict[str, Any]:
+    code = asm["amdgcn"]
+
+    def field(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s*(\d+)", code).group(1))
+
+    widths = {
+        "dwordx4": 16,
+        "dwordx3": 12,
+        "dwordx2": 8,
+        "dword": 4,
+        "ushort": 2,
+        "short": 2,
+        "ubyte": 1,
+        "byte": 1,
+    }
+    accesses = [
+        widths.get(re.sub(r"_d16(_hi)?$", "", kind), 4)
+        for kind in re.findall(r"^\s*(?:global|buffer|flat)_(?:load|store)_(\w+)", code, re.M)
+    ]
+    return {
+        "registers": field("vgpr_count") + field("agpr_count"),
+        "spilled": 4 * (field("vgpr_spill_count") + field("sgpr_spill_count")),
+        "wide": _wide_share(accesses),
+        "matrix": len(re.findall(r"^\s*v_mfma", code, re.M)),
+        "float64": len(re.findall(r"^\s*v_\w*f64", code, re.M)),
+    }
+
+
+def _wide_share(widths: list[int]) -> float:
+    return sum(w for w in widths if w >= 16) / max(1, sum(widths))
+
+
+def compile_all(jobs: Iterable[Job], processes: int) -> list[Code]:
+    """Compile in several processes; in the order of the jobs."""
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        return [code for codes in pool.map(compile_job, jobs, chunksize=1) for code in codes]
+
+
+def print_table(codes: Iterable[Code], console: Console) -> None:
+    """One row for each kernel, precision and architecture."""
+    table = Table("operator", "kernel", "precision", "arch", "warps", "registers", "shared", "spilled", "16-byte",
+                  "matrix", "float64")  # fmt: skip
+    for code in codes:
+        table.add_row(
+            code.operator, code.kernel, code.precision, code.arch, str(code.num_warps), str(code.registers),
+            str(code.shared), str(code.spilled), f"{code.wide:.0%}", str(code.matrix), str(code.float64),
+            style="red" if code.faults else None,
+        )  # fmt: skip
+    console.print(table)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.compiled", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="default: all")
+    parser.add_argument("--operator", action="append", choices=triton_operators(), help="default: all")
+    parser.add_argument("--precision", action="append", choices=PRECISIONS, help="default: all")
+    parser.add_argument("--joints", type=int, default=SIZE.v, help=f"default: {SIZE.v}")
+    parser.add_argument("--frames", type=int, default=SIZE.t, help=f"default: {SIZE.t}")
+    parser.add_argument("--features", type=int, default=SIZE.f, help=f"default: {SIZE.f}")
+    parser.add_argument("--json", type=Path, help="also write the records into this file")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: one for each core")
+    options = parser.parse_args(arguments)
+    if interpreted():
+        parser.error("TRITON_INTERPRET is set: nothing would be compiled; unset it")
+    size = replace(SIZE, v=options.joints, t=options.frames, f=options.features)
+    jobs = [
+        Job(name, precision, arch, size)
+        for name in options.operator or triton_operators()
+        for precision in options.precision or PRECISIONS
+        for arch in options.arch or ARCHITECTURES
+    ]
+    import triton
+
+    codes = compile_all(jobs, options.processes)
+    console = Console(width=140)
+    console.print(f"triton {triton.__version__}, {date.today()}, {size.v} joints, {size.f} features")
+    print_table(codes, console)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(code) for code in codes], indent=1))
+    for code in codes:
+        for fault in code.faults:
+            console.print(f"{code.kernel}, {code.precision}, {code.arch}: {fault}", style="red")
+    return int(any(code.faults for code in codes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
