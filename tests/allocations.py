@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,4 +22,44 @@ class LargestTensor(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.untyped_storage().size():
                 self.elements = max(self.elements, leaf.untyped_storage().size() // leaf.element_size())
+        return result
+
+
+class PeakMemory(TorchDispatchMode):
+    """Records the most bytes that the tensors made inside it take at one time; works on the meta device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.current += size
+        self.peak = max(self.peak, self.current)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.current -= size
+
+
+class PoisonedMemory(TorchDispatchMode):
+    """Fills every floating-point tensor that is allocated without values with NaN, so that what nobody wrote shows."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        empties = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
+        if func._schema.name.removeprefix("aten::") in empties and result.is_floating_point():
+            result.fill_(float("nan"))
         return result

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # read when the kernels are declared: before trgnet is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from rich.console import Console
 
 from trgnet.config import Config, load_config

@@ -41,13 +41,19 @@ def arguments(name: str, n: int = 2, t: int = 9, v: int = 5, f: int = 8, *, seed
         if length
     ]
     return {
-        "multiscale_graph_conv": lambda: (random(n, c, v, t), random(s, v, v), random(f, s * c), random(f)),
+        "multiscale_graph_conv": lambda: (
+            random(n, c, v, t),
+            random(s, v, v),
+            random(f, s * c),
+            random(f),
+            mask,
+        ),
         "dynamic_graph_conv": lambda: (
-            random(n, f, v, t),
-            random(n, v, t),
-            random(n, v, t),
+            random(n, f + 2, v, t),
             random(n, f, v, v),
             random(1),
+            random(f + 2),
+            mask,
         ),
         "masked_batch_norm": lambda: (
             random(n, f, v, t),
@@ -57,6 +63,8 @@ def arguments(name: str, n: int = 2, t: int = 9, v: int = 5, f: int = 8, *, seed
             random(n, f, v, t),
             None,
             None,
+            False,
+            True,
             1e-5,
         ),
         "attention_layer": lambda: (masked, mask, random(n, f, t), *weights, seeds, 2, 2, 0.7, 0.05, 0.5),
@@ -95,25 +103,39 @@ def arguments(name: str, n: int = 2, t: int = 9, v: int = 5, f: int = 8, *, seed
     }[name]()
 
 
-def multiscale_graph_conv(x, hops, weight, bias):
+def real_rows(x, mask):
+    """(real frames x joints, F)."""
+    return x.movedim(1, -1)[mask.expand(-1, x.shape[2], -1)]
+
+
+def statistics(x, mask):
+    rows = real_rows(x.detach(), mask)
+    return rows.mean(0), rows.var(0, unbiased=False)
+
+
+def multiscale_graph_conv(x, hops, weight, bias, mask):
     h = torch.einsum("kvu,ncut->nkcvt", hops, x).flatten(1, 2)
-    return torch.einsum("oi,nivt->novt", weight, h) + bias.view(-1, 1, 1)
+    y = torch.einsum("oi,nivt->novt", weight, h) + bias.view(-1, 1, 1)
+    return y, *statistics(y, mask)
 
 
-def dynamic_graph_conv(x, p, q, graph, beta):
+def dynamic_graph_conv(x, graph, beta, bias, mask):
+    *value, p, q = (x + bias.view(-1, 1, 1)).unbind(1)
     frame = beta * torch.tanh(p.unsqueeze(2) - q.unsqueeze(1))  # (N, U, V, T)
-    return torch.einsum("ncuvt,ncvt->ncut", frame.unsqueeze(1) + graph.unsqueeze(-1), x)
+    z = torch.einsum("ncuvt,ncvt->ncut", frame.unsqueeze(1) + graph.unsqueeze(-1), torch.stack(value, 1))
+    return z, *statistics(z, mask)
 
 
-def masked_batch_norm(x, mask, weight, bias, residual, mean, var, eps):
-    rows = x.movedim(1, -1)[mask.expand(-1, x.shape[2], -1)]  # (real frames x joints, F)
+def masked_batch_norm(x, mask, weight, bias, residual, mean, var, of_batch, frame_sum, eps):
     if mean is None:
+        rows = real_rows(x, mask)
         mean, var = rows.mean(0), rows.var(0, unbiased=False)
     y = (x - mean.view(-1, 1, 1)) / torch.sqrt(var + eps).view(-1, 1, 1) * weight.view(-1, 1, 1) + bias.view(
         -1, 1, 1
     )
     y = y if residual is None else y + residual
-    return torch.relu(y) * mask.unsqueeze(1), mean.detach(), var.detach()
+    y = torch.relu(y) * mask.unsqueeze(1)
+    return y, y.sum(3), mean.detach(), var.detach()
 
 
 def attention_layer(

@@ -96,7 +96,7 @@ def test_batch_norm_tracks_what_torch_tracks():
     x = torch.randn(3, 6, 5, 8, dtype=torch.float64)
     ours, truth = MaskedBatchNorm(6).double(), torch.nn.BatchNorm2d(6).double()
     for _ in range(3):
-        out = ours(x, torch.ones(3, 1, 8, dtype=torch.bool))
+        out, _ = ours(x, torch.ones(3, 1, 8, dtype=torch.bool))
         torch.testing.assert_close(out, torch.relu(truth(x)))
         x = 2 * x + 1
     for name, value in truth.state_dict().items():

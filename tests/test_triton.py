@@ -1,0 +1,673 @@
+"""Triton kernels against float64: values, gradients, odd sizes, strides, contracts of torch.library, memory, addresses.
+
+On a machine without a GPU they run under Triton's interpreter, which conftest.py switches on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import operators as formulas
+import pytest
+import torch
+from allocations import PeakMemory, PoisonedMemory
+from operators import arguments
+from torch import Tensor
+from trgnet.kernels import BackendError, launch, operator, operator_table, use_backend
+from trgnet.kernels.launch import Target, known_miscompile, record_launches
+
+from trgnet import kernels
+from trgnet.model import SpatialModule
+from trgnet.skeleton import SKELETONS
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OPERATORS = [name for name, backends in operator_table() if "triton" in backends]
+HALF = [torch.float16] + (
+    [torch.bfloat16] if DEVICE == "cuda" else []
+)  # no bfloat16 products in the interpreter
+JOINTS, FRAMES, FEATURES, BATCHES = (1, 11, 17, 19, 25, 33), (1, 15, 16, 17, 63, 200), (8, 16, 64), (1, 3)
+
+
+def sizes() -> Iterator[tuple[int, int, int, int]]:
+    """Every pair of joints and frames, each number of features and sequences many times; none that takes very long."""
+    for (i, v), (j, t) in itertools.product(enumerate(JOINTS), enumerate(FRAMES)):
+        n, f = BATCHES[(i + j // 2) % 2], FEATURES[(i + j) % 3]
+        f = f if n * f * v * t <= 60_000 else 8
+        yield (n if n * f * v * t <= 60_000 else 1, t, v, f)
+
+
+SIZES = list(sizes())
+SMALL = (3, 17, 19, 16)
+
+
+@pytest.fixture(params=["highest", "high"])
+def matmul_precision(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both rules for float32: they choose different tiles and launches."""
+    torch.set_float32_matmul_precision(request.param)
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def moved(args: tuple, dtype: torch.dtype) -> tuple:
+    """The arguments on the tested device; leaves of their own, floating point in ``dtype``."""
+    return tuple(
+        a.detach().to(DEVICE, dtype if a.is_floating_point() else a.dtype).requires_grad_(a.requires_grad)
+        if isinstance(a, Tensor)
+        else a
+        for a in args
+    )
+
+
+def differentiated(outputs: tuple[Tensor, ...], args: tuple) -> list[Tensor]:
+    """Gradients of a fixed random projection of the outputs."""
+    generator = torch.Generator().manual_seed(1)
+    projected = [o for o in outputs if o.requires_grad]
+    weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in projected]
+    wanted = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+    return list(torch.autograd.grad(projected, wanted, weights))
+
+
+def results(name: str, args: tuple, backend: str, dtype: torch.dtype) -> list[Tensor]:
+    """Outputs, then gradients; statistics that the reference leaves to the norm are taken from its output."""
+    args = moved(args, dtype)
+    outputs = list(operator(name)(*args, backend=backend))
+    gradients = differentiated(tuple(outputs), args)
+    if name != "masked_batch_norm" and not outputs[1].numel():
+        outputs[1:] = formulas.statistics(outputs[0].double(), args[-1])
+    return [r.detach() for r in (*outputs, *gradients)]
+
+
+def assert_as_good_as_plain(
+    name: str, args: tuple, dtype: torch.dtype, got: list[Tensor] | None = None
+) -> None:
+    """Every result at most twice as wrong as plain PyTorch in ``dtype``, or as rounding explains.
+
+    The inputs are of size 1, so a sum of M of their products is of size sqrt(M), even where this one happens to cancel. It
+    is off by a rounding of its operands and, added up in float32, by sqrt(M) roundings of those.
+    """
+    truth, plain = (results(name, args, "reference", d) for d in (torch.float64, dtype))
+    ours = results(name, args, "triton", dtype) if got is None else got
+    flops = operator(name).cost(*args).flops
+    for i, (our, rough, true) in enumerate(zip(ours, plain, truth, strict=True)):
+        assert our.shape == true.shape and our.dtype == rough.dtype or our.dtype == torch.float32, (
+            f"result {i}"
+        )
+        if not true.numel():
+            continue
+        terms = flops / 2 / true.numel()
+        scale = max(true.abs().max().item(), terms**0.5)
+        error, allowed = (our.double() - true).abs(), (rough.double() - true).abs()
+        floor = (torch.finfo(torch.float32).eps * terms**0.5 + torch.finfo(dtype).eps) * scale
+        assert error.max() <= 2 * allowed.max() + floor, (
+            f"result {i}: {error.max()} > 2 * {allowed.max()} + {floor}"
+        )
+        rms, allowed_rms = error.square().mean().sqrt(), allowed.square().mean().sqrt()
+        floor /= min(4.0, true.numel() ** 0.5)
+        assert rms <= 2 * allowed_rms + floor, f"result {i}: rms {rms} > 2 * {allowed_rms} + {floor}"
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_float32_against_float64(name: str, size: tuple[int, ...]):
+    assert_as_good_as_plain(name, arguments(name, *size), torch.float32)
+
+
+@pytest.mark.parametrize("size", SIZES[::5], ids=str)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_half_precision_against_float64(name: str, dtype: torch.dtype, size: tuple[int, ...]):
+    args = tuple(a.detach().to(dtype).double().requires_grad_() if isinstance(a, Tensor) and a.requires_grad else a
+                 for a in arguments(name, *size))  # fmt: skip
+    assert_as_good_as_plain(name, args, dtype)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("size", [(2, 40, 25, 24), (2, 16, 33, 8)], ids=str)
+def test_both_precisions_of_float32(name: str, size: tuple[int, ...], matmul_precision: None):
+    if DEVICE == "cuda" and not launch.exact_float32():
+        pytest.skip("tf32 products of plain PyTorch and of the kernel round differently")
+    assert_as_good_as_plain(name, arguments(name, *size), torch.float32)
+
+
+def batch_norm_variants() -> dict[str, dict[int, object]]:
+    """Changed arguments of masked_batch_norm by position."""
+    mean, var = torch.randn(16).double(), torch.rand(16).double() + 0.5
+    leaves = {5: mean.requires_grad_(), 6: var.requires_grad_()}
+    return {
+        "plain": {4: None, 8: False},
+        "given statistics": leaves,
+        "running statistics": {5: mean.detach(), 6: var.detach(), 4: None},
+    }
+
+
+@pytest.mark.parametrize("variant", batch_norm_variants())
+def test_forms_of_batch_norm(variant: str):
+    args = list(arguments("masked_batch_norm", *SMALL))
+    for position, value in batch_norm_variants()[variant].items():
+        args[position] = value
+    assert_as_good_as_plain("masked_batch_norm", tuple(args), torch.float32)
+
+
+def test_batch_norm_with_the_statistics_of_its_producer():
+    args = list(arguments("masked_batch_norm", *SMALL))
+    mean, var = formulas.statistics(args[0], args[1])
+    told = [*args[:5], mean.float(), var.float(), True, *args[8:]]
+    got = results("masked_batch_norm", tuple(told), "triton", torch.float32)
+    assert_as_good_as_plain("masked_batch_norm", tuple(args), torch.float32, got)
+
+
+@pytest.mark.parametrize("missing", [{3: None}, {4: None}, {3: None, 4: None}], ids=["bias", "mask", "both"])
+def test_dynamic_graph_conv_without(missing: dict[int, None]):
+    args = list(arguments("dynamic_graph_conv", *SMALL))
+    for position in missing:
+        args[position] = None
+    args = moved(tuple(args), torch.float32)
+    outputs, expected = (operator("dynamic_graph_conv")(*args, backend=b) for b in ("triton", "reference"))
+    assert outputs[1].numel() == (0 if 4 in missing else 16)
+    for a, b in zip(differentiated(outputs, args), differentiated(expected, args), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs[0], expected[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_strided_inputs_and_expanded_gradients(name: str):
+    args = moved(arguments(name, *SMALL), torch.float32)
+    strided = tuple(
+        a.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_(a.requires_grad)
+        if isinstance(a, Tensor) and a.dim() > 1
+        else a
+        for a in args
+    )
+    got, expected = (operator(name)(*a, backend="triton") for a in (strided, args))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    for outputs, inputs in ((got, strided), (expected, args)):
+        wanted = [a for a in inputs if isinstance(a, Tensor) and a.requires_grad]
+        expanded = torch.ones((), device=DEVICE).expand_as(outputs[0])
+        gradients = torch.autograd.grad(outputs[0], wanted, expanded, retain_graph=True)
+        plain = torch.autograd.grad(outputs[0], wanted, expanded.contiguous())
+        assert all(torch.equal(a, b) for a, b in zip(gradients, plain, strict=True))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_padding_changes_nothing_whatever_it_holds(name: str):
+    """Two sequences, the second a third shorter; what follows its end is NaN, and more frames of it are added."""
+    args = moved(arguments(name, 2, 24, 5, 8), torch.float32)
+    mask_position = 1 if name == "masked_batch_norm" else -1
+    mask, extra = args[mask_position], 13
+
+    def longer(a: object) -> object:
+        if a is mask:
+            return torch.nn.functional.pad(mask, (0, extra))
+        if isinstance(a, Tensor) and a.dim() == 4 and a.shape[-1] == 24:
+            a = torch.nn.functional.pad(a.detach(), (0, extra)).masked_fill(
+                ~longer(mask).unsqueeze(1), float("nan")
+            )
+            return a.requires_grad_()
+        return a
+
+    out, *rest = operator(name)(*args, backend="triton")
+    padded_out, *padded_rest = operator(name)(*map(longer, args), backend="triton")
+    for i, length in enumerate(mask.sum((1, 2)).tolist()):
+        torch.testing.assert_close(padded_out[i, ..., :length], out[i, ..., :length], rtol=1e-5, atol=1e-5)
+    for a, b in zip(padded_rest, rest, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    if name == "masked_batch_norm":
+        assert padded_out.isfinite().all()
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_repeats_are_bitwise_equal_in_poisoned_memory(name: str):
+    """A value that no program wrote would be NaN; a sum in changing order would differ."""
+    fused, args = operator(name).triton, moved(arguments(name, *SMALL), torch.float32)
+
+    def run() -> list[Tensor]:
+        with PoisonedMemory():
+            outputs = fused.forward(*args)
+            count = len(outputs) - operator(name).statistics
+            gradients = [
+                torch.linspace(-1, 1, o.numel(), device=DEVICE).view(o.shape) for o in outputs[:count]
+            ]
+            saved = [outputs[i] for i in fused.saved]
+            return [*outputs, *fused.backward(*gradients, *args, *saved, [True] * len(fused.differentiable))]
+
+    first = [r for r in run() if r is not None]
+    assert len(first) >= 5 and all(r.isfinite().all() for r in first)
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(first, [r for r in run() if r is not None], strict=True))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name: str):
+    torch.library.opcheck(operator(name).triton_op, moved(arguments(name, 2, 5, 3, 8), torch.float32))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_only_what_is_needed_is_differentiated(name: str):
+    """A gradient that nobody asks for is neither computed nor returned, whichever it is."""
+    args = moved(arguments(name, 2, 17, 5, 8), torch.float32)
+    everything = differentiated(operator(name)(*args, backend="triton"), args)
+    positions = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad]
+    for expected, position in zip(everything, positions, strict=True):
+        only = tuple(a.detach() if isinstance(a, Tensor) and i != position else a for i, a in enumerate(args))
+        (gradient,) = differentiated(operator(name)(*only, backend="triton"), only)
+        torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6)
+
+
+# The backward formulas of the kernels' documentation, apart from the kernels.
+
+
+def multiscale_graph_conv_backward(grad, x, hops, weight, bias, mask):
+    by_hop = weight.unflatten(1, (len(hops), -1))
+    matrix = torch.einsum("okc,kvu->ovcu", by_hop, hops)
+    grad_matrix = torch.einsum("novt,ncut->ovcu", grad, x)
+    return (
+        torch.einsum("ovcu,novt->ncut", matrix, grad),
+        torch.einsum("ovcu,okc->kvu", grad_matrix, by_hop),
+        torch.einsum("ovcu,kvu->okc", grad_matrix, hops).flatten(1),
+        grad.sum((0, 2, 3)),
+    )
+
+
+def dynamic_graph_conv_backward(grad, x, graph, beta, bias, mask):
+    y = x + bias.view(-1, 1, 1)
+    value, p, q = y[:, :-2], y[:, -2], y[:, -1]
+    s = torch.tanh(p.unsqueeze(2) - q.unsqueeze(1))
+    whole = graph.unsqueeze(-1) + beta * s.unsqueeze(1)
+    grad_frame = torch.einsum("ncut,ncvt->nuvt", grad, value)
+    a = beta * (1 - s * s) * grad_frame
+    grad_value = torch.einsum("ncuvt,ncut->ncvt", whole, grad)
+    grad_x = torch.cat([grad_value, a.sum(2).unsqueeze(1), -a.sum(1).unsqueeze(1)], 1)
+    grad_graph = torch.einsum("ncut,ncvt->ncuv", grad, value)
+    return grad_x, grad_graph, (s * grad_frame).sum().view(1), grad_x.sum((0, 2, 3))
+
+
+def masked_batch_norm_backward(
+    grad, grad_sum, x, mask, weight, bias, residual, mean, var, of_batch, frame_sum, eps
+):
+    real = mask.unsqueeze(1)
+    count = mask.sum() * x.shape[2]
+    used_mean, used_var = formulas.statistics(x, mask) if mean is None else (mean, var)
+    rstd = (1 / torch.sqrt(used_var + eps)).view(-1, 1, 1)
+    w, h = weight.view(-1, 1, 1), (x - used_mean.view(-1, 1, 1)) * rstd
+    positive = h * w + bias.view(-1, 1, 1) + residual > 0
+    g = (grad + grad_sum.unsqueeze(-1)) * (positive & real)
+    grad_bias, grad_weight = g.sum((0, 2, 3)), (g * h).sum((0, 2, 3))
+    if mean is not None:
+        slope = weight * rstd.flatten()
+        return (
+            w * rstd * g,
+            grad_weight,
+            grad_bias,
+            g,
+            -slope * grad_bias,
+            -slope * rstd.flatten() / 2 * grad_weight,
+        )
+    centred = g - (grad_bias.view(-1, 1, 1) + h * grad_weight.view(-1, 1, 1)) / count
+    return w * rstd * centred * real, grad_weight, grad_bias, g
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["", "given"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_backward_formulas_in_float64(name: str, given: bool):
+    args = list(arguments(name, 3, 17, 5, 8))
+    if given:
+        if name != "masked_batch_norm":
+            pytest.skip("one form only")
+        args[5:7] = [
+            torch.randn(8).double().requires_grad_(),
+            (torch.rand(8).double() + 0.5).requires_grad_(),
+        ]
+    outputs = getattr(formulas, name)(*args)
+    outputs = [o for o in outputs if o.requires_grad]
+    gradients = [torch.randn_like(o) for o in outputs]
+    expected = torch.autograd.grad(
+        outputs, [a for a in args if isinstance(a, Tensor) and a.requires_grad], gradients
+    )
+    with torch.no_grad():
+        got = globals()[f"{name}_backward"](*gradients, *args)
+    for ours, truth in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10)
+
+
+def spatial_module(dtype: torch.dtype, features: int = 16) -> SpatialModule:
+    torch.manual_seed(0)
+    module = SpatialModule(3, SKELETONS["tcg"].adjacency(), features, 8, 4)
+    with torch.no_grad():
+        for parameter in (module.alpha, module.beta):
+            parameter.fill_(0.5)
+    return module.to(DEVICE, dtype)
+
+
+def spatial_inputs(dtype: torch.dtype, t: int = 37) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2, 3, 17, t, generator=generator, dtype=torch.float64)
+    graph = torch.rand(17, 17, generator=generator, dtype=torch.float64)
+    return x.to(DEVICE, dtype), formulas.lengths_mask(2, t).to(DEVICE), graph.to(DEVICE, dtype)
+
+
+def spatial_results(module: SpatialModule, inputs: tuple[Tensor, ...], backend: str) -> list[Tensor]:
+    """Output, gradients of the parameters, running statistics."""
+    getattr(module, "_orig_mod", module).load_state_dict(
+        spatial_module(next(module.parameters()).dtype).state_dict()
+    )
+    with use_backend(backend):
+        out = module(*inputs)
+        weights = torch.linspace(-1, 1, out.numel(), device=DEVICE, dtype=torch.float64).view(out.shape)
+        gradients = torch.autograd.grad((out * weights).sum(), list(module.parameters()))
+    return [out.detach(), *gradients, *(b.clone() for b in module.buffers() if b.is_floating_point())]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_spatial_module_follows_the_reference(training: bool):
+    truth, plain = (
+        spatial_results(spatial_module(d).train(training), spatial_inputs(d), "reference")
+        for d in (torch.float64, torch.float32)
+    )
+    ours = spatial_results(
+        spatial_module(torch.float32).train(training), spatial_inputs(torch.float32), "triton"
+    )
+    for our, rough, true in zip(ours, plain, truth, strict=True):
+        scale = true.abs().max()
+        assert (our - true).abs().max() <= 4 * (rough - true).abs().max() + 1e-5 * scale
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_spatial_module_under_autocast(dtype: torch.dtype):
+    """As close to float64 as plain PyTorch under autocast, in gradients too; the same tensors are narrow."""
+    truth = spatial_results(spatial_module(torch.float64), spatial_inputs(torch.float64), "reference")
+    module, inputs = spatial_module(torch.float32), spatial_inputs(torch.float32)
+    with torch.autocast(DEVICE, dtype=dtype):
+        plain, ours = (spatial_results(module, inputs, backend) for backend in ("reference", "triton"))
+    for our, rough, true in zip(ours, plain, truth, strict=True):
+        assert our.dtype == rough.dtype
+        assert (our - true).norm() <= 2 * (rough - true).norm() + 0.01 * true.norm()
+
+
+def test_spatial_module_compiles_once_for_all_lengths():
+    """At most two graphs over five lengths, forward and backward, without a break."""
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, example: list) -> object:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    module = spatial_module(torch.float32)
+    compiled = torch.compile(module, fullgraph=True, backend=count)
+    with use_backend("triton"):
+        for t in (16, 23, 32, 48, 61):
+            inputs = spatial_inputs(torch.float32, t)
+            module.load_state_dict(spatial_module(torch.float32).state_dict())
+            expected = module(*inputs).detach()
+            module.load_state_dict(spatial_module(torch.float32).state_dict())
+            torch.testing.assert_close(compiled(*inputs), expected)
+    assert 1 <= len(graphs) <= 2
+    torch._dynamo.reset()
+
+
+def test_compiled_gradients_of_the_spatial_module():
+    torch._dynamo.reset()
+    module, inputs = spatial_module(torch.float32), spatial_inputs(torch.float32, 23)
+    expected = spatial_results(module, inputs, "triton")
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for ours, truth in zip(spatial_results(compiled, inputs, "triton"), expected, strict=True):
+        torch.testing.assert_close(ours, truth)
+    torch._dynamo.reset()
+
+
+def test_gradcheck_of_the_public_functions_in_float64():
+    """float64 goes to the reference by itself, on a GPU too."""
+    args = moved(arguments("dynamic_graph_conv", 2, 4, 3, 8), torch.float64)
+    assert operator("dynamic_graph_conv").choose(args, None) == "reference"
+    x, graph, beta, bias, mask = args
+    torch.autograd.gradcheck(
+        lambda *a: kernels.dynamic_graph_conv(*a[:3], bias=a[3], mask=mask)[0],
+        (x, graph, beta, bias),
+        fast_mode=True,
+    )
+    x, hops, weight, bias, mask = moved(arguments("multiscale_graph_conv", 2, 4, 3, 4), torch.float64)
+    torch.autograd.gradcheck(
+        lambda *a: kernels.multiscale_graph_conv(*a, mask=mask)[0], (x, hops, weight, bias), fast_mode=True
+    )
+    x, mask, weight, bias, residual, *_ = moved(arguments("masked_batch_norm", 2, 4, 3, 4), torch.float64)
+    torch.autograd.gradcheck(
+        lambda x, w, b, r: kernels.masked_batch_norm(x, mask, w, b, residual=r, frame_sum=True)[:2],
+        (x, weight, bias, residual),
+        fast_mode=True,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dynamic_graph_conv_needs_no_more_than_its_tensors(dtype: torch.dtype):
+    """Peak of forward and backward: inputs, output, their gradients, and at most 5 % of that."""
+    n, f, v, t = 8, 64, 25, 6000
+    meta = {"device": "meta", "dtype": dtype}
+    args = (
+        torch.empty(n, f + 2, v, t, **meta),
+        torch.empty(n, f, v, v, **meta),
+        torch.empty(1, **meta),
+        torch.empty(f + 2, **meta),
+        torch.empty(n, 1, t, device="meta", dtype=torch.bool),
+    )
+    fused = operator("dynamic_graph_conv").triton
+    with record_launches(Target("cuda", 90)) as recorded, PeakMemory() as memory:
+        z, *_ = fused.forward(*args)
+        gradient = torch.empty_like(z)
+        gradients = fused.backward(gradient, *args, [True] * 4)
+    assert len(recorded) >= 4 and gradients[0].shape == args[0].shape
+
+    def size(*tensors: Tensor) -> int:
+        return sum(a.numel() * a.element_size() for a in tensors)
+
+    inputs, needed = size(*args), size(z, gradient, *args[:4])
+    assert needed <= memory.peak and memory.peak + inputs <= 1.05 * (needed + inputs)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_measured_peak_of_dynamic_graph_conv():
+    n, f, v, t = 8, 64, 25, 6000
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    x, graph, beta, bias = (
+        torch.randn(*shape, generator=generator, device=DEVICE).requires_grad_()
+        for shape in ((n, f + 2, v, t), (n, f, v, v), (1,), (f + 2,))
+    )
+    gradient = torch.randn(n, f, v, t, generator=generator, device=DEVICE)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    z, *_ = kernels.dynamic_graph_conv(x, graph, beta, bias=bias, backend="triton")
+    torch.autograd.grad(z, (x, graph, beta, bias), gradient)
+    added = torch.cuda.max_memory_allocated() - before
+    whole = sum(a.numel() * 4 for a in (z, x, graph, beta, bias))
+    assert added + before <= 1.05 * (whole + before)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_fifty_lengths_compile_every_kernel_at_most_twice(name: str):
+    """Once for lengths that divide by 16, once for others."""
+    compilations: dict[object, set] = {}
+    fused = operator(name).triton
+    for t in range(100, 150):
+        args = tuple(a.to("meta", torch.float32 if a.is_floating_point() else a.dtype) if isinstance(a, Tensor) else a
+                     for a in arguments(name, 2, t, 25, 64))  # fmt: skip
+        with record_launches(Target("cuda", 90)) as recorded:
+            outputs = fused.forward(*args)
+            count = len(outputs) - operator(name).statistics
+            saved = [outputs[i] for i in fused.saved]
+            fused.backward(*outputs[:count], *args, *saved, [True] * len(fused.differentiable))
+        for start in recorded:
+            # One source makes two kernels: the gradients of values and of relations.
+            parts = tuple(value for key, value in start.constants if key in ("VALUE", "RELATION"))
+            compilations.setdefault((start.kernel, parts), set()).add(start.compilation)
+    assert compilations and all(1 <= len(variants) <= 2 for variants in compilations.values())
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("name", OPERATORS)
+def test_fifty_lengths_compiled_on_a_gpu(name: str):
+    caches = []
+    for t in range(100, 150):
+        args = moved(arguments(name, 1, t, 25, 16), torch.float32)
+        with record_launches() as recorded:
+            operator(name).triton.forward(*args)
+        operator(name)(*args, backend="triton")
+        caches += [start.kernel.device_caches for start in recorded]
+    before = [sum(len(cache[0]) for cache in kernel.values()) for kernel in caches]
+    for t in range(150, 200):
+        operator(name)(*moved(arguments(name, 1, t, 25, 16), torch.float32), backend="triton")
+    assert before == [sum(len(cache[0]) for cache in kernel.values()) for kernel in caches]
+
+
+def test_backend_is_chosen_by_device_and_refused_with_a_reason():
+    op = operator("dynamic_graph_conv")
+    args = moved(arguments("dynamic_graph_conv", 2, 5, 3, 8), torch.float32)
+    assert op.backends == ("reference", "recompute", "triton")
+    assert op.choose(args, None) == ("triton" if DEVICE == "cuda" else "reference")
+    assert op.choose(args, "triton") == "triton"
+    refused = {
+        "float64": moved(args, torch.float64),
+        "features; the kernels need a multiple of 8": moved(
+            arguments("dynamic_graph_conv", 1, 5, 3, 12), torch.float32
+        ),
+        "129 joints": moved(arguments("dynamic_graph_conv", 1, 2, 129, 8), torch.float32),
+    }
+    for reason, impossible in refused.items():
+        assert op.choose(impossible, None) == "reference"
+        with pytest.raises(
+            BackendError, match=f"dynamic_graph_conv: backend 'triton' is forced, but .*{reason}"
+        ):
+            op(*impossible, backend="triton")
+    with pytest.raises(BackendError, match="exceed 32-bit offsets"):
+        op.choose((torch.empty(1, 10, 32, 2**23, device="meta"), *(a.to("meta") for a in args[1:])), "triton")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="about machines without a GPU")
+def test_bfloat16_is_refused_by_the_interpreter_and_everything_without_it():
+    args = moved(arguments("dynamic_graph_conv", 2, 5, 3, 8), torch.bfloat16)
+    with pytest.raises(BackendError, match="interpreter computes products of bfloat16 matrices wrongly"):
+        operator("dynamic_graph_conv")(*args, backend="triton")
+    program = (
+        "import torch; from trgnet import kernels\n"
+        "x, m = torch.randn(1, 8, 2, 3), torch.ones(1, 1, 3, dtype=torch.bool)\n"
+        "try: kernels.masked_batch_norm(x, m, torch.ones(8), torch.ones(8), backend='triton')\n"
+        "except kernels.BackendError as error: print(error)\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True
+    )
+    assert "tensors are on cpu; Triton needs a GPU, or TRITON_INTERPRET=1" in run.stdout
+
+
+def test_known_miscompiles_are_told_by_architecture_and_version(monkeypatch: pytest.MonkeyPatch):
+    for version, arch, affected in (
+        ("3.6.0", 90, True),
+        ("3.7.0+git1", 90, True),
+        ("3.7.1", 90, False),
+        ("3.6.0", 80, False),
+    ):
+        monkeypatch.setattr(launch.triton, "__version__", version)
+        fault = known_miscompile("transposed dot result", Target("cuda", arch))
+        assert (fault is not None) == affected, (version, arch)
+        assert known_miscompile("bfloat16 dot", Target("cuda", arch)) is None
+        assert known_miscompile("bfloat16 dot", Target("interpreter")) is not None
+
+
+@pytest.fixture
+def only_last_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the interpreter of every grid only the last program runs, as the last of all."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    def last(*grid: int) -> None:
+        monkeypatch.setattr(builder, "grid_dim", grid, raising=False)
+        monkeypatch.setattr(builder, "grid_idx", tuple(size - 1 for size in grid), raising=False)
+
+    for name in OPERATORS:
+        module = sys.modules[f"trgnet.kernels.{name}"]
+        start = module.launch
+
+        def one(
+            function: object, grid: tuple[int, ...], *args: object, start=start, **options: object
+        ) -> None:
+            monkeypatch.setattr(builder, "set_grid_dim", lambda *_: last(*grid, *(1,) * (3 - len(grid))))
+            monkeypatch.setattr(builder, "set_grid_idx", lambda *_: None)
+            start(function, (1,), *args, **options)
+
+        monkeypatch.setattr(module, "launch", one)
+
+
+N, F, V, T = 1075, 8, 25, 8000  # 2.15e9 values in the output of the dynamic graph convolution
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's")
+def test_addresses_beyond_two_to_the_31(only_last_program: None):
+    """The last program reads and writes the very end of tensors whose memory is reserved, but never touched elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+
+    def huge(channels: int, frames: int) -> Tensor:
+        x = torch.empty(N * 10 // channels, channels, V, T, dtype=torch.float16)
+        assert x.numel() >= 2**31
+        x[-1, :, :, -frames:] = torch.randn(channels, V, frames, generator=generator)
+        return x
+
+    def assert_end(got: Tensor, expected: Tensor) -> None:
+        end = got[-1, ..., -expected.shape[-1] :]
+        torch.testing.assert_close(end.float(), expected.float(), rtol=2e-3, atol=2e-2)
+
+    conv = operator("dynamic_graph_conv")
+    x, beta = huge(F + 2, 16), torch.ones(1)
+    graph = torch.randn(N, F, V, V, generator=generator, dtype=torch.float16)
+    end = x[-1:, ..., -16:].float()
+    z, *_ = conv.triton.forward(x, graph, beta, None, None)
+    assert_end(z, conv.reference(end, graph[-1:].float(), beta, None, None)[0][0])
+
+    gradient = huge(F, 16)[-N:]
+    grad_x, *_ = conv.triton.backward(gradient, x, graph, beta, None, None, [True, False, False, False])
+    leaf = end.requires_grad_()
+    out = conv.reference(leaf, graph[-1:].float(), beta, None, None)[0]
+    (expected,) = torch.autograd.grad(out, leaf, gradient[-1:, ..., -16:].float())
+    assert_end(grad_x[:, :F], expected[0, :F])
+    del x, z, gradient, grad_x
+
+    norm, wide = operator("masked_batch_norm"), huge(F, 128)
+    weight, mean, mask = torch.full((F,), 2.0), torch.zeros(F), torch.zeros(len(wide), 1, T, dtype=torch.bool)
+    mask[-1] = True
+    out, *_ = norm.triton.forward(wide, mask, weight, mean, None, mean, weight, False, False, 1e-5)
+    tail = wide[-1:, ..., -64:].float()
+    expected, *_ = norm.reference(
+        tail, mask[-1:, :, :64], weight, mean, None, mean, weight, False, False, 1e-5
+    )
+    assert_end(out[:, -1], expected[0, -1])
+    del wide, out
+
+    conv, skeleton = operator("multiscale_graph_conv"), huge(3, 64)
+    hops, weight = torch.randn(2, V, V, generator=generator), torch.randn(F, 6, generator=generator)
+    y, *_ = conv.triton.forward(skeleton, hops, weight, mean, None)
+    expected = conv.reference(skeleton[-1:, ..., -64:].float(), hops, weight, mean, None)[0][0, :, -1:]
+    torch.testing.assert_close(y[-1, :, -1:, -64:].float(), expected, rtol=1e-2, atol=0.1)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_tensors_beyond_two_to_the_31_on_a_gpu():
+    conv = operator("dynamic_graph_conv")
+    x = torch.randn(N, F + 2, V, T, dtype=torch.float16, device=DEVICE)
+    graph, beta = torch.randn(N, F, V, V, dtype=torch.float16, device=DEVICE), torch.ones(1, device=DEVICE)
+    z, *_ = conv(x, graph, beta, None, None, backend="triton")
+    expected, *_ = conv.reference(x[-1:].float(), graph[-1:].float(), beta, None, None)
+    torch.testing.assert_close(z[-1:].float(), expected, rtol=2e-3, atol=5e-2)
+
+
+def test_more_than_a_hundred_thousand_frames():
+    """As one sequence; the statistics count every frame."""
+    t = 100_017
+    x, mask = torch.randn(1, 8, 1, t, device=DEVICE), torch.ones(1, 1, t, dtype=torch.bool, device=DEVICE)
+    ones, zeros = torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE)
+    out, total, mean, var = kernels.masked_batch_norm(x, mask, ones, zeros, frame_sum=True, backend="triton")
+    expected = formulas.masked_batch_norm(x.double(), mask, ones, zeros, None, None, None, False, True, 1e-5)
+    for ours, truth in zip((out, total, mean, var), expected, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=1e-5)
