@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from trgnet.kernels import operator_table
 
 pytest.importorskip("triton")
 
@@ -18,15 +19,20 @@ REDUCTIONS = ("combine_parts",)
 PRODUCTS = ("dynamic_graph_conv", "multiscale_graph_conv")
 
 
+def output_of(*arguments: str) -> str:
+    """What Python prints with the compiler instead of the interpreter."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    return run.stdout
+
+
 def compiled(folder: Path, *arguments: str) -> list[dict]:
     """Records of ``python -m bench.compiled``, which must end without a fault."""
     file = folder / "compiled.json"
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-m", "bench.compiled", "--json", str(file), *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    output_of("-m", "bench.compiled", "--json", str(file), *arguments)
     return json.loads(file.read_text())
 
 
@@ -89,3 +95,13 @@ def test_unaligned_lengths_spill_nothing_and_lose_the_wide_accesses(tmp_path: Pa
     )
     assert len(unaligned) == 4 * 2 * 4
     assert all(share < shares(published)[key] / 2 for key, share in unaligned.items())
+
+
+@pytest.mark.parametrize("name", [name for name, backends in operator_table() if "triton" in backends])
+def test_fifty_lengths_compile_every_kernel_at_most_twice(name: str):
+    """Once for lengths that divide by 16, once for others. One source may be two kernels: the backward pass of the
+    dynamic graph convolution starts it for values and for relations."""
+    versions = json.loads(output_of("tests/compilations.py", name))
+    assert len(versions) >= 2
+    for kernel, count in versions.items():
+        assert 1 <= count <= (4 if kernel == "_dynamic_graph_conv_backward_kernel" else 2), kernel

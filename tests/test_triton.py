@@ -487,42 +487,6 @@ def test_measured_peak_of_dynamic_graph_conv():
     assert added + before <= 1.05 * (whole + before)
 
 
-@pytest.mark.parametrize("name", OPERATORS)
-def test_fifty_lengths_compile_every_kernel_at_most_twice(name: str):
-    """Once for lengths that divide by 16, once for others."""
-    compilations: dict[object, set] = {}
-    fused = operator(name).triton
-    for t in range(100, 150):
-        args = tuple(a.to("meta", torch.float32 if a.is_floating_point() else a.dtype) if isinstance(a, Tensor) else a
-                     for a in arguments(name, 2, t, 25, 64))  # fmt: skip
-        with record_launches(Target("cuda", 90)) as recorded:
-            outputs = fused.forward(*args)
-            count = len(outputs) - operator(name).statistics
-            saved = [outputs[i] for i in fused.saved]
-            fused.backward(*outputs[:count], *args, *saved, [True] * len(fused.differentiable))
-        for start in recorded:
-            # One source makes two kernels: the gradients of values and of relations.
-            parts = tuple(value for key, value in start.constants if key in ("VALUE", "RELATION"))
-            compilations.setdefault((start.kernel, parts), set()).add(start.compilation)
-    assert compilations and all(1 <= len(variants) <= 2 for variants in compilations.values())
-
-
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-@pytest.mark.parametrize("name", OPERATORS)
-def test_fifty_lengths_compiled_on_a_gpu(name: str):
-    caches = []
-    for t in range(100, 150):
-        args = moved(arguments(name, 1, t, 25, 16), torch.float32)
-        with record_launches() as recorded:
-            operator(name).triton.forward(*args)
-        operator(name)(*args, backend="triton")
-        caches += [start.kernel.device_caches for start in recorded]
-    before = [sum(len(cache[0]) for cache in kernel.values()) for kernel in caches]
-    for t in range(150, 200):
-        operator(name)(*moved(arguments(name, 1, t, 25, 16), torch.float32), backend="triton")
-    assert before == [sum(len(cache[0]) for cache in kernel.values()) for kernel in caches]
-
-
 def test_backend_is_chosen_by_device_and_refused_with_a_reason():
     op = operator("dynamic_graph_conv")
     args = moved(arguments("dynamic_graph_conv", 2, 5, 3, 8), torch.float32)

@@ -1,0 +1,80 @@
+"""Program: how often Triton's just-in-time compiler compiles each kernel over a sweep of lengths, as JSON.
+
+    python tests/compilations.py OPERATOR
+
+Runs forward and backward of the operator at fifty lengths. Without a GPU the compiler is told that an H100 is there, and
+kernels are compiled but not started: what is counted is what a user with a GPU would wait for.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+from operators import arguments
+from torch import Tensor
+from trgnet.kernels import frame_statistics, operator
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+LENGTHS = range(100, 150)
+
+
+class PretendedDriver:
+    """What Triton asks a driver for before it starts a kernel."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
+def pretend_a_gpu() -> None:
+    driver.set_active(PretendedDriver())
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=True, **options)
+
+    JITFunction.run = compile_only
+
+
+def sweep(name: str, device: str) -> None:
+    fused = operator(name).triton
+    for t in LENGTHS:
+        args = [
+            a.detach().to(device, torch.float32 if a.is_floating_point() else a.dtype)
+            if isinstance(a, Tensor)
+            else a
+            for a in arguments(name, 2, t, 25, 16)
+        ]
+        outputs = fused.forward(*args)
+        count = len(outputs) - operator(name).statistics
+        gradients = [torch.ones_like(output) for output in outputs[:count]]
+        saved = [outputs[i] for i in fused.saved]
+        fused.backward(*gradients, *args, *saved, [True] * len(fused.differentiable))
+
+
+def compilations(name: str) -> dict[str, int]:
+    """Kernel -> versions of it that were compiled."""
+    functions = {**vars(sys.modules[f"trgnet.kernels.{name}"]), **vars(frame_statistics)}
+    return {
+        key: sum(len(cache[0]) for cache in function.device_caches.values())
+        for key, function in functions.items()
+        if isinstance(function, JITFunction) and key.endswith("_kernel")
+    }
+
+
+if __name__ == "__main__":
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        pretend_a_gpu()
+    sweep(sys.argv[1], "cuda" if on_gpu else "cpu")
+    print(json.dumps(compilations(sys.argv[1])))
