@@ -363,7 +363,9 @@ def _backward_passes(x: Tensor) -> list[tuple[bool, bool, dict[str, int]]]:
 def _unsupported(
     x: Tensor, graph: Tensor, beta: Tensor, bias: Optional[Tensor], mask: Optional[Tensor]
 ) -> str | None:
-    _, channels, v, t = x.shape
+    n, channels, v, t = x.shape
+    if n > 65_535:
+        return f"there are {n} sequences; the kernels take up to 65535"
     if (channels - 2) % 8 or channels < 10:
         return f"there are {channels - 2} features; the kernels need a multiple of 8"
     if v > 128:
@@ -414,9 +416,12 @@ def _backward(
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    grad_graph, grad_beta = torch.empty_like(graph), torch.empty_like(beta)
+    grad_graph = torch.empty_like(graph, memory_format=torch.contiguous_format)
+    grad_beta = torch.empty_like(beta)
     grad_bias = None if bias is None else torch.empty_like(bias)
     if launchable(x):
+        if grad.numel() == 0:
+            return grad_x, grad_graph.zero_(), grad_beta.zero_(), None if bias is None else grad_bias.zero_()
         x, grad = rows(x), rows(grad)
         if needed[0] or needed[2] or needed[3]:
             grad_beta, grad_bias = _backward_input(grad, x, graph, beta, bias, grad_x)

@@ -19,7 +19,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,6 +168,9 @@ def obstacle(tensors: Sequence[Tensor]) -> str | None:
     elif device.type == "cuda":
         if interpreted():
             return "TRITON_INTERPRET is set: Triton's interpreter runs on CPU tensors"
+        target = target_of(tensors[0])
+        if target.backend == "cuda" and target.arch < 80:
+            return f"its GPU has compute capability {target.arch / 10}; the kernels need 8.0 or later"
         interpreter = False
     else:
         return f"its tensors are on {device}; Triton needs a GPU, or TRITON_INTERPRET=1 to try it on the CPU"
@@ -231,6 +234,10 @@ def dot_precision(tensor: Tensor) -> str:
 
 def exact_float32() -> bool:
     """Whether products of float32 matrices must keep float32's accuracy."""
+    # The newer setting: where it was used, asking for the older one is an error.
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
+    if setting in ("tf32", "ieee"):
+        return setting == "ieee"
     return torch.get_float32_matmul_precision() == "highest"
 
 
@@ -275,10 +282,16 @@ def launch(
     device = next(a.device for a in args if isinstance(a, Tensor))
     # Triton 3.10 stops fusing multiplications and additions by default, which costs speed: said explicitly.
     options = {} if interpreted() else {"enable_fp_fusion": True}
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), warnings.catch_warnings():
-        # numpy's warnings of the interpreter: lanes that are masked out may compute anything.
-        warnings.simplefilter("ignore", RuntimeWarning)
+    with _silent_numpy() if interpreted() else torch.cuda.device(device):
         function[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants, **options)
+
+
+@contextmanager
+def _silent_numpy() -> Iterator[None]:
+    """Without the interpreter's warnings: lanes that are masked out may compute anything."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
 
 
 def _describe(

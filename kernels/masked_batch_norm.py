@@ -35,7 +35,18 @@ from einops import rearrange
 from torch import Tensor
 
 from .frame_statistics import combined, new_parts, store_part
-from .launch import cdiv, device_function, kernel, launch, launchable, power_of_two, rows, tl, unit
+from .launch import (
+    TILE_LIMIT,
+    cdiv,
+    device_function,
+    kernel,
+    launch,
+    launchable,
+    power_of_two,
+    rows,
+    tl,
+    unit,
+)
 from .operator import Fused, Operator, check_mask, check_shapes
 from .precision import wide_dtype, widened, without_autocast
 
@@ -370,10 +381,16 @@ def _backward(
     )
 
 
+def _unsupported(x: Tensor, *_: object) -> str | None:
+    if x.shape[2] * x.shape[3] >= TILE_LIMIT:
+        return f"{x.shape[2]} joints and {x.shape[3]} frames exceed 32-bit offsets within a plane; split the sequence"
+    return None
+
+
 OPERATOR = Operator(
     _masked_batch_norm_reference,
     _flops,
-    Fused(_forward, _backward, differentiable=(0, 2, 3, 4, 5, 6), saved=(2, 3)),
+    Fused(_forward, _backward, differentiable=(0, 2, 3, 4, 5, 6), saved=(2, 3), unsupported=_unsupported),
     statistics=2,
 )
 

@@ -116,6 +116,7 @@ class Operator:
 
     def _obstacle(self, args: Sequence[Any]) -> str | None:
         """Why the Triton kernels cannot run with these arguments; None if they can."""
+        args = _narrowed(args, self.triton.narrowed)
         return obstacle(_tensors(args)) or self.triton.unsupported(*args)
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
@@ -234,6 +235,8 @@ def _register_triton(name: str, fused: Fused, statistics: int) -> Any:
         @functools.wraps(function)
         def launcher(*args: Any) -> Any:
             like = _tensors(args)[0]
+            # Kernels read vectors by their index alone.
+            args = [a.contiguous() if isinstance(a, Tensor) and a.dim() == 1 else a for a in args]
             with without_autocast(like):
                 return tuple(like.new_empty(0) if out is None else out for out in function(*args))
 
