@@ -282,7 +282,7 @@ def launch(
     device = next(a.device for a in args if isinstance(a, Tensor))
     # Triton 3.10 stops fusing multiplications and additions by default, which costs speed: said explicitly.
     options = {} if interpreted() else {"enable_fp_fusion": True}
-    with _silent_numpy() if interpreted() else torch.cuda.device(device):
+    with torch.cuda.device(device) if device.type == "cuda" else _silent_numpy():
         function[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants, **options)
 
 
