@@ -46,13 +46,13 @@ class Case:
     """Positions of the arguments of shape (..., V, T)."""
     dropout: tuple[int, ...] = ()
     """Positions of the dropout probabilities."""
-    fused: dict[int, Any] = field(default_factory=dict)
+    network: dict[int, Any] = field(default_factory=dict)
     """What the network passes at other positions to have more done in the same kernels, untimed here."""
 
     @property
     def network_args(self) -> tuple[Any, ...]:
         """The arguments as the network passes them."""
-        return tuple(self.fused.get(i, a) for i, a in enumerate(self.args))
+        return tuple(self.network.get(i, a) for i, a in enumerate(self.args))
 
 
 def make_case(name: str, size: Size = Size()) -> Case:
@@ -75,13 +75,13 @@ def make_case(name: str, size: Size = Size()) -> Case:
             (random(n, c, v, t), random(size.hops, v, v, scale=v**-0.5), *linear(f, size.hops * c), None),
             lambda *args: published.multiscale_graph_conv(*args[:-1]),
             swapped=(0,),
-            fused={4: mask},
+            network={4: mask},
         ),
         "dynamic_graph_conv": lambda: Case(
             (random(n, f + 2, v, t), random(n, f, v, v), random(1), None, None),
             _dynamic_graph_conv,
             swapped=(0,),
-            fused={3: random(f + 2), 4: mask},
+            network={3: random(f + 2), 4: mask},
         ),
         "masked_batch_norm": lambda: Case(
             (
@@ -98,7 +98,7 @@ def make_case(name: str, size: Size = Size()) -> Case:
             ),
             _batch_norm,
             swapped=(0, 4),
-            fused={8: True},
+            network={8: True},
         ),
         "attention_layer": lambda: Case(
             (

@@ -10,8 +10,8 @@ Every operator has up to three implementations of one function:
 ``triton``
     A fused GPU kernel, where one exists.
 
-``auto`` takes the Triton kernel where the operator has one and all its tensors are on a GPU, and the
-reference otherwise. A forced backend never falls back: where it cannot run, it raises
+``auto`` takes the Triton kernel where the operator has one, all its tensors are on a GPU and the kernel can take
+them, and the reference otherwise. A forced backend never falls back: where it cannot run, it raises
 :class:`BackendError`.
 
 The choice is made, in this order, by the ``backend`` argument of the operator, by the innermost

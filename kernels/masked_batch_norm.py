@@ -17,7 +17,7 @@ the number of real values per channel:
 Shapes: x, residual, out (N, F, V, T); mask (N, 1, T) bool; weight, bias, mean, var (F,); frame_sum (N, F, V).
 Source: S. Ioffe, C. Szegedy, arXiv 1502.03167; the restriction to real frames is ours.
 
-Forward the kernels move x, the residual and the output once. Backward they read x, the residual and the gradient
+Forward the kernels move x, the residual and the output once, and read x before where its statistics are not given. Backward they read x, the residual and the gradient
 twice, as the sums over a whole channel come before the first gradient; what ReLU let through is computed again from x.
 The sum over time, of which the network makes its channel-level graph, would cost a pass of its own forward and two
 backward. Loads are masked by shape alone: masked by real frames they are narrow ones (0 to 36 % of their bytes in

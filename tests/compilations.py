@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from operators import arguments
 from torch import Tensor
-from trgnet.kernels import frame_statistics, operator
+from trgnet.kernels import frame_statistics, launch, operator
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -38,6 +38,10 @@ class PretendedDriver:
 
 def pretend_a_gpu() -> None:
     driver.set_active(PretendedDriver())
+    launch.target_of = lambda tensor: launch.Target("cuda", 90)
+    for module in list(sys.modules.values()):  # where it was imported by name
+        if module.__name__.startswith("trgnet.kernels.") and hasattr(module, "target_of"):
+            module.target_of = launch.target_of
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:

@@ -137,7 +137,7 @@ class SpatialModule(nn.Module):
     def forward(self, x: Tensor, mask: Tensor, joint_graph: Tensor) -> Tensor:
         """x (N, C, V, T), mask (N, 1, T), joint_graph (V, V) -> (N, F, V, T), zero on padded frames."""
         # The operators return the batch's statistics, where they have them for nothing, to the norms of training.
-        counted = mask if self.training else None
+        counted = mask if self.training and self.norm.process_group is None else None
         y, *statistics = multiscale_graph_conv(
             x, self.hops + self.hop_residual, self.multiscale.weight, self.multiscale.bias, mask=counted
         )
