@@ -397,6 +397,17 @@ def test_spatial_module_under_autocast(dtype: torch.dtype):
         assert (our - true).norm() <= 2 * (rough - true).norm() + 0.01 * true.norm()
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_spatial_module_in_half_precision(dtype: torch.dtype, backend: str):
+    """All of it, without autocast."""
+    truth = spatial_results(spatial_module(torch.float64), spatial_inputs(torch.float64), "reference")
+    ours = spatial_results(spatial_module(dtype), spatial_inputs(dtype), backend)
+    assert ours[0].dtype == dtype
+    assert (ours[0] - truth[0]).norm() <= 0.02 * truth[0].norm()
+    assert all(result.isfinite().all() for result in ours)
+
+
 def test_spatial_module_compiles_once_for_all_lengths():
     """At most two graphs over five lengths, without a break."""
     graphs = []

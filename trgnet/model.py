@@ -163,7 +163,7 @@ class SpatialModule(nn.Module):
 
         total (N, F, V): sum over time.
         """
-        mean = total / mask.sum(2, keepdim=True).clamp(min=1)
+        mean = (total / mask.sum(2, keepdim=True).clamp(min=1)).to(self.receive.weight.dtype)
         p, q = self.receive(mean), self.send(mean)
         relation = torch.tanh(p.unsqueeze(3) - q.unsqueeze(2))
         return (
