@@ -171,7 +171,9 @@ class Call:
 
     def _outputs(self) -> list[Tensor]:
         outputs = self.function(*self.args)
-        return [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
+        # An output that was not asked for is empty.
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return [o for o in outputs if o.requires_grad and o.numel()]
 
     def _output_gradient(self, output: Tensor) -> Tensor:
         """The same numbers for every provider."""
