@@ -70,7 +70,8 @@ def _dynamic_graph_conv_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = x if bias is None else x + bias.to(x.dtype).view(-1, 1, 1)
     n, channels, v, t = y.shape
-    value, p, q = y[:, : channels - 2], y[:, channels - 2], y[:, channels - 1]
+    value, p, q = y.split([channels - 2, 1, 1], dim=1)  # one gradient tensor; slices would make three
+    p, q = p.squeeze(1), q.squeeze(1)
     # The norm that follows computes its statistics itself: autograd needs them as a function of z.
     statistics = x.new_empty(0), x.new_empty(0)
     frames = max(1, BLOCK_ELEMENTS // max(1, n * v * v))
