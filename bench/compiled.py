@@ -109,18 +109,13 @@ def triton_operators() -> list[str]:
 def launches(job: Job) -> list[Launch]:
     """What forward and backward of an operator launch on the job's architecture."""
     dtype, matmul = PRECISIONS[job.precision]
-    fused = operator(job.operator).triton
     args = make_case(job.operator, job.size).network_args
     args = [_on_meta(a, dtype) if isinstance(a, Tensor) else a for a in args]
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(matmul)
     try:
         with record_launches(ARCHITECTURES[job.arch]) as recorded:
-            outputs = fused.forward(*args)
-            differentiable = outputs[: len(outputs) - operator(job.operator).statistics]
-            gradients = [torch.empty_like(o) if o is not None else None for o in differentiable]
-            saved = [outputs[i] for i in fused.saved]
-            fused.backward(*gradients, *args, *saved, [True] * len(fused.differentiable))
+            operator(job.operator).triton_passes(args, torch.empty_like)
     finally:
         torch.set_float32_matmul_precision(before)
     return list({launch.compilation: launch for launch in recorded}.values())

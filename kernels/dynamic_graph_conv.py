@@ -22,7 +22,7 @@ joints of a few frames. Both graphs apply as batches of small products on the ma
 frame graph, (u, v) x (v, c), over channels for the constant one, (u, v) x (v, t). As multiplications and additions
 one by one they would take as long as the memory traffic of float32, and twice that of half precision.
 
-What was tried, by the compiled code (sm_90, triton 3.7.1; no time was measured yet):
+What was tried, by the compiled code (sm_90, triton 3.7.1, 2026-11-25; no time was measured yet):
 
 - Padding the constant graph with zeros to whole tiles makes its loads wide and unmasked: 1440 instead of 1792
   instructions and 128 instead of 255 registers in bfloat16. Kept.
@@ -308,7 +308,6 @@ def _dynamic_graph_conv_graph_kernel(
     o_u, o_v, o_t = i_u * BV + tl.arange(0, BV), i_v * BV + tl.arange(0, BV), tl.arange(0, BT)
     x_ptr += (i_n * (F + 2) + i_f) * plane
     grad_ptr += i_nf.to(tl.int64) * plane
-    bias = 0.0
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + i_f).to(tl.float32)
     total = tl.zeros([BV, BV], tl.float32)
@@ -334,9 +333,13 @@ def _dynamic_graph_conv_graph_kernel(
 
 
 def _tiling(x: Tensor, channels: int, frames: int) -> dict[str, int]:
-    v = x.shape[2]
+    """The constants that follow from the sizes of x and of a tile."""
+    _, total, v, t = x.shape
     joints = 32 if 16 < v <= 32 else 16
-    return {"BC": channels, "BV": joints, "BT": frames, "NV": cdiv(v, joints)}
+    return {
+        "BC": channels, "BV": joints, "BT": frames, "NV": cdiv(v, joints), "EVEN": (total - 2) % channels == 0,
+        "UNIT": unit(t),
+    }  # fmt: skip
 
 
 def _short_tiles(x: Tensor) -> bool:
@@ -392,19 +395,16 @@ def _forward(
     features = channels - 2
     z = x.new_empty(n, features, v, t)
     if not launchable(x):
-        statistics = (None, None) if mask is None else x.new_empty(2, features, dtype=torch.float32).unbind(0)
-        return z, *(None if s is None else s.clone() for s in statistics)
+        return z, *combined(None if mask is None else new_parts(x, features, 0))
     x, mask = rows(x), None if mask is None else rows(mask)
     tiling = _forward_tiling(x)
     blocks, tiles = tiling["NV"], cdiv(t, tiling["BT"])
     parts = None if mask is None else new_parts(x, features, n * blocks * tiles)
-    align = unit(t)
     launch(
-        _dynamic_graph_conv_forward_kernel, (tiles, blocks, n), x, _padded(graph, x.dtype, tiling),
-        beta, bias, mask, z, parts, features, v, t // align,
-        n * blocks * tiles, EVEN=features % tiling["BC"] == 0, UNIT=align, PRECISION=dot_precision(x), num_warps=8, **tiling,
+        _dynamic_graph_conv_forward_kernel, (tiles, blocks, n), x, _padded(graph, x.dtype, tiling), beta, bias, mask, z,
+        parts, features, v, t // tiling["UNIT"], n * blocks * tiles, PRECISION=dot_precision(x), num_warps=8, **tiling,
     )  # fmt: skip
-    return z, *((None, None) if parts is None else combined(parts))
+    return z, *combined(parts)
 
 
 def _backward(
@@ -436,7 +436,6 @@ def _backward_input(
 ) -> tuple[Tensor, Tensor | None]:
     """Write the gradient of x; return those of beta and bias."""
     n, features, v, t = grad.shape
-    align = unit(t)
 
     def new(*shape: int) -> Tensor:
         return x.new_empty(*shape, dtype=torch.float32)
@@ -454,9 +453,8 @@ def _backward_input(
         launch(
             _dynamic_graph_conv_backward_kernel, (tiles, programs // (tiles * n), n), grad, x,
             _padded(graph.mT, x.dtype, tiling) if value else None, beta, bias, grad_x, received, sent,
-            scalars if relation else None, channel_sums if value else None, n, features, v, t // align, VALUE=value,
-            RELATION=relation, EVEN=features % tiling["BC"] == 0, UNIT=align, PRECISION=dot_precision(x), num_warps=8,
-            **tiling,
+            scalars if relation else None, channel_sums if value else None, n, features, v, t // tiling["UNIT"],
+            VALUE=value, RELATION=relation, PRECISION=dot_precision(x), num_warps=8, **tiling,
         )  # fmt: skip
         if relation and blocks > 1:
             grad_x[:, features], grad_x[:, features + 1] = received.sum(0), sent.sum(0)
@@ -468,14 +466,15 @@ def _backward_input(
 
 def _backward_graph(grad: Tensor, x: Tensor, graph: Tensor, bias: Tensor | None) -> Tensor:
     n, features, v, t = grad.shape
-    joints, frames, align = 32 if v > 16 else 16, 64 if unit(t) > 1 else 32, unit(t)
+    align = unit(t)
+    joints, frames = 32 if v > 16 else 16, 32 if align == 1 else 64
     # A program's sum over time is cut where there are too few programs to fill a GPU.
     steps = cdiv(cdiv(t, frames), cdiv(1024, n * features))
     splits = cdiv(cdiv(t, frames), steps)
     out = x.new_empty(splits, n, features, v, v, dtype=torch.float32)
     launch(
-        _dynamic_graph_conv_graph_kernel, (n * features, splits, cdiv(v, joints) ** 2), grad, x, bias, out, features, v, t // align, steps,
-        BV=joints, BT=frames, UNIT=align, PRECISION=dot_precision(x), num_warps=4, num_stages=3,
+        _dynamic_graph_conv_graph_kernel, (n * features, splits, cdiv(v, joints) ** 2), grad, x, bias, out, features, v,
+        t // align, steps, BV=joints, BT=frames, UNIT=align, PRECISION=dot_precision(x), num_warps=4, num_stages=3,
     )  # fmt: skip
     return out.sum(0).to(graph.dtype)
 

@@ -55,8 +55,10 @@ def _combine_parts_kernel(parts_ptr, mean_ptr, var_ptr, F, P, BP: tl.constexpr):
     tl.store(var_ptr + i_f, tl.sum(squares) / n)
 
 
-def combined(parts: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (F,), (F,) of the parts (3, F, P)."""
+def combined(parts: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Mean and biased variance (F,), (F,) of the parts (3, F, P), if there are any."""
+    if parts is None:
+        return None, None
     _, features, count = parts.shape
     mean, var = parts.new_empty(features), parts.new_empty(features)
     if launchable(parts):

@@ -7,8 +7,8 @@ Conventions of every kernel:
 
 - Names ending in ``_ptr`` are pointers, ``tl.constexpr`` parameters are configuration, the rest are sizes and strides.
   Sizes are not specialised: a new length compiles nothing.
-- Lengths and strides come divided by ``UNIT``, 16 where all of them divide by it and 1 elsewhere (:func:`unit`). The
-  product ``T * UNIT`` tells the compiler that rows are aligned, and with that to use 16-byte accesses.
+- The length comes divided by ``UNIT``, 16 where it divides by it and 1 elsewhere (:func:`unit`). The product
+  ``T * UNIT`` tells the compiler that rows are aligned, and with that to use 16-byte accesses.
 - What a program adds to a base pointer is computed in 64 bits, offsets within its tile in 32 (``TILE_LIMIT``).
 """
 
@@ -71,7 +71,6 @@ class Launch:
     """One recorded start of a kernel."""
 
     kernel: Any
-    grid: tuple[int, ...]
     types: tuple[tuple[str, str], ...]
     """(parameter, Triton type), ``*`` before a pointer's."""
     aligned: frozenset[str]
@@ -155,8 +154,11 @@ def launchable(tensor: Tensor) -> bool:
     return _recorded is not None or tensor.device.type != "meta"
 
 
-def obstacle(tensors: Sequence[Tensor]) -> str | None:
-    """Why Triton cannot run on these tensors, whatever the operator; None if it can."""
+def obstacle(tensors: Sequence[Tensor], dtypes: set[torch.dtype]) -> str | None:
+    """Why Triton cannot run on these tensors, whatever the operator; None if it can.
+
+    ``dtypes`` are the floating-point ones that the kernels get them in.
+    """
     if triton is None:
         return "Triton is not installed"
     devices = {tensor.device for tensor in tensors}
@@ -174,7 +176,6 @@ def obstacle(tensors: Sequence[Tensor]) -> str | None:
         interpreter = False
     else:
         return f"its tensors are on {device}; Triton needs a GPU, or TRITON_INTERPRET=1 to try it on the CPU"
-    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     unknown = dtypes - {torch.float32, torch.float16, torch.bfloat16}
     if unknown:
         return f"it has {', '.join(sorted(map(str, unknown)))} tensors; Triton computes in float32, float16 and bfloat16"
@@ -241,9 +242,9 @@ def exact_float32() -> bool:
     return torch.get_float32_matmul_precision() == "highest"
 
 
-def unit(*sizes: int) -> int:
-    """The UNIT that lengths and strides are given in: 16 where all divide by it, else 1."""
-    return ALIGNMENT if all(size % ALIGNMENT == 0 for size in sizes) else 1
+def unit(length: int) -> int:
+    """The UNIT that a length is given in: 16 where it divides by it, else 1."""
+    return ALIGNMENT if length % ALIGNMENT == 0 else 1
 
 
 def rows(tensor: Tensor) -> Tensor:
@@ -275,7 +276,7 @@ def launch(
     ``args`` are its pointers, sizes and strides in order, ``constants`` its compile-time parameters.
     """
     if _recorded is not None:
-        _recorded.append(_describe(function, grid, args, constants, num_warps, num_stages))
+        _recorded.append(_describe(function, args, constants, num_warps, num_stages))
         return
     if 0 in grid:
         return
@@ -295,9 +296,8 @@ def _silent_numpy() -> Iterator[None]:
 
 
 def _describe(
-    function: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any], num_warps: int,
-    num_stages: int,
-) -> Launch:  # fmt: skip
+    function: Any, args: tuple[Any, ...], constants: dict[str, Any], num_warps: int, num_stages: int
+) -> Launch:
     names = [name for name in function.arg_names if name not in constants]
     named = dict(zip(names, args, strict=True))
     # An absent tensor is a compile-time None.
@@ -305,7 +305,6 @@ def _describe(
     present = {name: value for name, value in named.items() if value is not None}
     return Launch(
         function,
-        grid,
         tuple((name, _triton_type(value)) for name, value in present.items()),
         frozenset(name for name, value in present.items() if isinstance(value, Tensor) and _aligned(value)),
         tuple(sorted(constants.items())) + absent,

@@ -135,12 +135,21 @@ def _flops(x: Tensor, *_: object) -> tuple[int, int]:
 
 
 @device_function
-def _tile(i, V, T, NV, NT, BV: tl.constexpr, BT: tl.constexpr):
-    """Program i's plane (sequence and channel), block of joints and block of frames; its offsets in the plane."""
+def _tile(mask_ptr, F, V, T, NV, NT, BV: tl.constexpr, BT: tl.constexpr):
+    """What this program works on.
+
+    Its block of frames, plane (sequence and channel), channel and part of it; its joints, offsets, and which of them
+    are inside the plane and which on real frames.
+    """
+    i = tl.program_id(0)
     i_t, i_v, i_nf = i % NT, (i // NT) % NV, i // (NT * NV)
+    i_n, i_f = i_nf // F, i_nf % F
+    i_p = i_n * (NT * NV) + i % (NT * NV)
     o_v, o_t = i_v * BV + tl.arange(0, BV), i_t * BT + tl.arange(0, BT)
+    offsets = i_nf.to(tl.int64) * V * T + (o_v[:, None] * T + o_t[None, :])
     inside = (o_v < V)[:, None] & (o_t < T)[None, :]  # [BV, BT]
-    return i_t, i_v, i_nf, o_v, o_t, o_v[:, None] * T + o_t[None, :], inside
+    frames = tl.load(mask_ptr + i_n.to(tl.int64) * T + o_t, mask=o_t < T, other=0) != 0  # [BT]
+    return i_t, i_nf, i_f, i_p, o_v, offsets, inside, inside & frames[None, :]
 
 
 @device_function
@@ -162,16 +171,11 @@ def _before_relu(h, i_f, weight_ptr, bias_ptr, residual_ptr, offsets, inside):
 def _batch_norm_statistics_kernel(
     x_ptr, mask_ptr, parts_ptr, F, V, T, NV, NT, P, BV: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr
 ):
-    T = T * UNIT
-    _, i_v, i_nf, o_v, o_t, offsets, inside = _tile(tl.program_id(0), V, T, NV, NT, BV, BT)
-    i_n, i_f = i_nf // F, i_nf % F
-    frames = tl.load(mask_ptr + i_n.to(tl.int64) * T + o_t, mask=o_t < T, other=0) != 0  # [BT]
-    x = tl.load(x_ptr + i_nf.to(tl.int64) * V * T + offsets, mask=inside, other=0.0).to(tl.float32)
-    count = tl.sum(frames.to(tl.float32)) * tl.sum((o_v < V).to(tl.float32))
-    i_p = tl.program_id(0) - i_f * (NT * NV) - i_n * ((F - 1) * NT * NV)
+    _, _, i_f, i_p, _, offsets, inside, real = _tile(mask_ptr, F, V, T * UNIT, NV, NT, BV, BT)
+    x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    count = tl.sum(tl.sum(real.to(tl.float32), 1), 0)
     one = tl.arange(0, 1)
-    real = (inside & frames[None, :])[None]
-    store_part(parts_ptr, i_p, x[None], real, i_f + one, one == 0, F, P, count)
+    store_part(parts_ptr, i_p, x[None], real[None], i_f + one, one == 0, F, P, count)
 
 
 @kernel
@@ -179,12 +183,7 @@ def _batch_norm_forward_kernel(
     x_ptr, mask_ptr, weight_ptr, bias_ptr, residual_ptr, mean_ptr, var_ptr, out_ptr, sums_ptr, eps, F, V, T, NF, NV, NT,
     BV: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    T = T * UNIT
-    i_t, _, i_nf, o_v, o_t, offsets, inside = _tile(tl.program_id(0), V, T, NV, NT, BV, BT)
-    i_n, i_f = i_nf // F, i_nf % F
-    frames = tl.load(mask_ptr + i_n.to(tl.int64) * T + o_t, mask=o_t < T, other=0) != 0
-    real = inside & frames[None, :]
-    offsets += i_nf.to(tl.int64) * V * T
+    i_t, i_nf, i_f, _, o_v, offsets, inside, real = _tile(mask_ptr, F, V, T * UNIT, NV, NT, BV, BT)
     # Masked by shape alone, as a mask that differs from frame to frame would make the load a narrow one.
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     h, _ = _normalised(x, i_f, mean_ptr, var_ptr, eps)
@@ -199,23 +198,19 @@ def _batch_norm_forward_kernel(
 
 @device_function
 def _masked_gradient(
-    x_ptr, mask_ptr, weight_ptr, bias_ptr, residual_ptr, mean_ptr, var_ptr, grad_ptr, grad_sum_ptr, eps, i_n, i_f, i_nf,
-    o_v, o_t, offsets, inside, V, T,
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, mean_ptr, var_ptr, grad_ptr, grad_sum_ptr, eps, V, i_nf, i_f, o_v, offsets,
+    inside, real,
 ):  # fmt: skip
-    """Gradient before the ReLU, normalised input, rstd, weight, and which values are real."""
-    frames = tl.load(mask_ptr + i_n.to(tl.int64) * T + o_t, mask=o_t < T, other=0) != 0
-    real = inside & frames[None, :]
+    """Gradient before the ReLU, normalised input, and what its gradient is to be multiplied with."""
     # What padded frames hold may be anything, NaN included.
     x = tl.where(real, tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32), 0.0)
     h, rstd = _normalised(x, i_f, mean_ptr, var_ptr, eps)
     y, weight = _before_relu(h, i_f, weight_ptr, bias_ptr, residual_ptr, offsets, inside)
     g = tl.load(grad_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     if grad_sum_ptr is not None:
-        g += tl.load(grad_sum_ptr + i_nf.to(tl.int64) * V + o_v, mask=o_v < V, other=0.0).to(tl.float32)[
-            :, None
-        ]
-    g = tl.where(real & (y > 0.0), g, 0.0)
-    return g, h, rstd, weight, real
+        grad_sum = tl.load(grad_sum_ptr + i_nf.to(tl.int64) * V + o_v, mask=o_v < V, other=0.0)
+        g += grad_sum.to(tl.float32)[:, None]
+    return tl.where(real & (y > 0.0), g, 0.0), h, weight * rstd
 
 
 @kernel
@@ -223,15 +218,11 @@ def _batch_norm_backward_sums_kernel(
     x_ptr, mask_ptr, weight_ptr, bias_ptr, residual_ptr, mean_ptr, var_ptr, grad_ptr, grad_sum_ptr, sums_ptr, eps, F, V,
     T, NV, NT, P, BV: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    T = T * UNIT
-    _, _, i_nf, o_v, o_t, offsets, inside = _tile(tl.program_id(0), V, T, NV, NT, BV, BT)
-    i_n, i_f = i_nf // F, i_nf % F
-    offsets += i_nf.to(tl.int64) * V * T
-    g, h, _, _, _ = _masked_gradient(
-        x_ptr, mask_ptr, weight_ptr, bias_ptr, residual_ptr, mean_ptr, var_ptr, grad_ptr, grad_sum_ptr, eps, i_n, i_f,
-        i_nf, o_v, o_t, offsets, inside, V, T,
+    _, i_nf, i_f, i_p, o_v, offsets, inside, real = _tile(mask_ptr, F, V, T * UNIT, NV, NT, BV, BT)
+    g, h, _ = _masked_gradient(
+        x_ptr, weight_ptr, bias_ptr, residual_ptr, mean_ptr, var_ptr, grad_ptr, grad_sum_ptr, eps, V, i_nf, i_f, o_v,
+        offsets, inside, real,
     )  # fmt: skip
-    i_p = tl.program_id(0) - i_f * (NT * NV) - i_n * ((F - 1) * NT * NV)
     place = sums_ptr + i_f.to(tl.int64) * P + i_p
     tl.store(place, tl.sum(tl.sum(g, 1), 0))
     tl.store(place + F.to(tl.int64) * P, tl.sum(tl.sum(g * h, 1), 0))
@@ -240,32 +231,31 @@ def _batch_norm_backward_sums_kernel(
 @kernel
 def _batch_norm_backward_kernel(
     x_ptr, mask_ptr, weight_ptr, bias_ptr, residual_ptr, mean_ptr, var_ptr, grad_ptr, grad_sum_ptr, totals_ptr,
-    count_ptr, grad_x_ptr, grad_residual_ptr, eps, F, V, T, NV, NT, OF_BATCH: tl.constexpr, BV: tl.constexpr,
-    BT: tl.constexpr, UNIT: tl.constexpr,
+    count_ptr, grad_x_ptr, grad_residual_ptr, eps, F, V, T, NV, NT, BV: tl.constexpr, BT: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
-    T = T * UNIT
-    _, _, i_nf, o_v, o_t, offsets, inside = _tile(tl.program_id(0), V, T, NV, NT, BV, BT)
-    i_n, i_f = i_nf // F, i_nf % F
-    offsets += i_nf.to(tl.int64) * V * T
-    g, h, rstd, weight, real = _masked_gradient(
-        x_ptr, mask_ptr, weight_ptr, bias_ptr, residual_ptr, mean_ptr, var_ptr, grad_ptr, grad_sum_ptr, eps, i_n, i_f,
-        i_nf, o_v, o_t, offsets, inside, V, T,
+    """Statistics are those of the batch, of ``count`` real values in every channel, or given: count None."""
+    _, i_nf, i_f, _, o_v, offsets, inside, real = _tile(mask_ptr, F, V, T * UNIT, NV, NT, BV, BT)
+    g, h, slope = _masked_gradient(
+        x_ptr, weight_ptr, bias_ptr, residual_ptr, mean_ptr, var_ptr, grad_ptr, grad_sum_ptr, eps, V, i_nf, i_f, o_v,
+        offsets, inside, real,
     )  # fmt: skip
     if grad_residual_ptr is not None:
         tl.store(grad_residual_ptr + offsets, g.to(grad_residual_ptr.dtype.element_ty), mask=inside)
     if grad_x_ptr is not None:
-        if OF_BATCH:
+        if count_ptr is not None:
             per_value = 1.0 / tl.maximum(tl.load(count_ptr).to(tl.float32), 1.0)
             sum_g, sum_gh = tl.load(totals_ptr + i_f), tl.load(totals_ptr + F + i_f)
             g = tl.where(real, g - (sum_g + h * sum_gh) * per_value, 0.0)
-        tl.store(grad_x_ptr + offsets, (weight * rstd * g).to(grad_x_ptr.dtype.element_ty), mask=inside)
+        tl.store(grad_x_ptr + offsets, (slope * g).to(grad_x_ptr.dtype.element_ty), mask=inside)
 
 
-def _tiling(x: Tensor) -> tuple[int, int, int, int]:
-    """Joints and frames of a tile, and the numbers of tiles over both: 4096 values, 16 for each thread."""
-    joints = min(32, power_of_two(x.shape[2]))
+def _tiling(x: Tensor) -> tuple[int, int, dict[str, int]]:
+    """Numbers of tiles over joints and frames, and what a launch is told: 4096 values, 16 for each thread."""
+    _, _, v, t = x.shape
+    joints = min(32, power_of_two(v))
     frames = min(1024, 4096 // joints)
-    return joints, frames, cdiv(x.shape[2], joints), cdiv(x.shape[3], frames)
+    return cdiv(v, joints), cdiv(t, frames), {"BV": joints, "BT": frames, "UNIT": unit(t), "num_warps": 8}
 
 
 def _forward(
@@ -281,39 +271,27 @@ def _forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, f, v, t = x.shape
-    bv, bt, nv, nt = _tiling(x)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    sums = x.new_empty(nt, n, f, v, dtype=torch.float32) if frame_sum else None
     if not launchable(x):
-        mean, var = x.new_empty(2, f, dtype=torch.float32).unbind(0)
-    else:
-        x, mask, residual = rows(x), rows(mask), None if residual is None else rows(residual)
-        tiling = {"BV": bv, "BT": bt, "UNIT": unit(t), "num_warps": 8}
-        length, programs = t // tiling["UNIT"], (n * f * nv * nt,)
-        if mean is None or var is None:
-            parts = new_parts(x, f, n * nv * nt)
-            launch(
-                _batch_norm_statistics_kernel,
-                programs,
-                x,
-                mask,
-                parts,
-                f,
-                v,
-                length,
-                nv,
-                nt,
-                n * nv * nt,
-                **tiling,
-            )
-            mean, var = combined(parts)
+        total = x.new_empty(n, f, v, dtype=torch.float32) if frame_sum else None
+        return out, total, *combined(new_parts(x, f, 0))
+    x, mask, residual = rows(x), rows(mask), None if residual is None else rows(residual)
+    nv, nt, tiling = _tiling(x)
+    programs, length = (n * f * nv * nt,), t // tiling["UNIT"]
+    if mean is None or var is None:
+        parts = new_parts(x, f, n * nv * nt)
         launch(
-            _batch_norm_forward_kernel, programs, x, mask, weight, bias, residual, mean, var, out, sums, eps, f, v,
-            length, n * f, nv, nt, **tiling,
+            _batch_norm_statistics_kernel, programs, x, mask, parts, f, v, length, nv, nt, n * nv * nt, **tiling
         )  # fmt: skip
-    # Outputs of an op are never its inputs.
-    total = None if sums is None else sums.sum(0)
-    return out, total, mean.detach().float().clone(), var.detach().float().clone()
+        mean, var = combined(parts)
+    else:  # outputs of an op are never its inputs
+        mean, var = (s.detach().to(torch.float32, copy=True) for s in (mean, var))
+    sums = x.new_empty(nt, n, f, v, dtype=torch.float32) if frame_sum else None
+    launch(
+        _batch_norm_forward_kernel, programs, x, mask, weight, bias, residual, mean, var, out, sums, eps, f, v, length,
+        n * f, nv, nt, **tiling,
+    )  # fmt: skip
+    return out, None if sums is None else sums.sum(0), mean, var
 
 
 def _backward(
@@ -334,50 +312,40 @@ def _backward(
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, f, v, t = x.shape
-    bv, bt, nv, nt = _tiling(x)
     of_batch = of_batch or mean is None or var is None
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needed[0] else None
     grad_residual = torch.empty_like(x, memory_format=torch.contiguous_format) if needed[3] else None
-    sums = x.new_empty(2, f, n * nv * nt, dtype=torch.float32)
     totals = x.new_empty(2, f, dtype=torch.float32)
     if launchable(x):
         x, mask, grad = rows(x), rows(mask), rows(grad)
-        residual, grad_sum = (
-            None if residual is None else rows(residual),
-            rows(grad_sum) if frame_sum else None,
-        )
-        tiling = {"BV": bv, "BT": bt, "UNIT": unit(t), "num_warps": 8}
-        length, programs = t // tiling["UNIT"], (n * f * nv * nt,)
+        residual = None if residual is None else rows(residual)
+        grad_sum = rows(grad_sum) if frame_sum else None
+        nv, nt, tiling = _tiling(x)
+        programs, length = (n * f * nv * nt,), t // tiling["UNIT"]
         inputs = (x, mask, weight, bias, residual, used_mean, used_var, grad, grad_sum)
+        sums = x.new_empty(2, f, n * nv * nt, dtype=torch.float32)
         launch(
-            _batch_norm_backward_sums_kernel,
-            programs,
-            *inputs,
-            sums,
-            eps,
-            f,
-            v,
-            length,
-            nv,
-            nt,
-            n * nv * nt,
-            **tiling,
-        )
+            _batch_norm_backward_sums_kernel, programs, *inputs, sums, eps, f, v, length, nv, nt, n * nv * nt, **tiling
+        )  # fmt: skip
         totals = sums.sum(2)
+        count = mask.sum() * v if of_batch else None
         launch(
-            _batch_norm_backward_kernel, programs, *inputs, totals, mask.sum() * v, grad_x, grad_residual, eps, f, v,
-            length, nv, nt, OF_BATCH=of_batch, **tiling,
+            _batch_norm_backward_kernel, programs, *inputs, totals, count, grad_x, grad_residual, eps, f, v, length, nv,
+            nt, **tiling,
         )  # fmt: skip
     grad_bias, grad_weight = totals.unbind(0)
-    rstd = torch.rsqrt(used_var + eps)
-    grad_mean, grad_var = -weight * rstd * grad_bias, -0.5 * weight * rstd.square() * grad_weight
+    grad_mean = grad_var = None
+    if not of_batch and (needed[4] or needed[5]):
+        rstd = torch.rsqrt(used_var + eps)
+        grad_mean = (-weight * rstd * grad_bias).to(mean.dtype)
+        grad_var = (-0.5 * weight * rstd.square() * grad_weight).to(var.dtype)
     return (
         grad_x,
         grad_weight.to(weight.dtype, copy=True),
         grad_bias.to(bias.dtype, copy=True),
         grad_residual,
-        None if mean is None or of_batch else grad_mean.to(mean.dtype),
-        None if var is None or of_batch else grad_var.to(var.dtype),
+        grad_mean,
+        grad_var,
     )
 
 

@@ -121,9 +121,7 @@ def _forward(
     (n, c, v, t), features = x.shape, len(weight)
     y = x.new_empty(n, features, v, t)
     if not launchable(x):
-        return y, *(
-            (None, None) if mask is None else (x.new_empty(features, dtype=torch.float32) for _ in range(2))
-        )
+        return y, *combined(None if mask is None else new_parts(x, features, 0))
     x, mask = rows(x), None if mask is None else rows(mask)
     exact, align = x.dtype == torch.float32 and exact_float32(), unit(t)
     tile = {"BF": min(64, power_of_two(features, 16)), "BK": 32, "BT": 64 if exact or align == 1 else 128}
@@ -136,7 +134,7 @@ def _forward(
         steps, t // align, tiles, n * tiles * v, UNIT=align, PRECISION=dot_precision(x), num_warps=4,
         num_stages=3 if align > 1 else 2, **tile,
     )  # fmt: skip
-    return y, *((None, None) if parts is None else combined(parts))
+    return y, *combined(parts)
 
 
 def _backward(

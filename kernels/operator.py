@@ -116,8 +116,12 @@ class Operator:
 
     def _obstacle(self, args: Sequence[Any]) -> str | None:
         """Why the Triton kernels cannot run with these arguments; None if they can."""
-        args = _narrowed(args, self.triton.narrowed)
-        return obstacle(_tensors(args)) or self.triton.unsupported(*args)
+        dtypes = {
+            _dtype_of(a, narrow=i in self.triton.narrowed)
+            for i, a in enumerate(args)
+            if isinstance(a, Tensor) and a.is_floating_point()
+        }
+        return obstacle(_tensors(args), dtypes) or self.triton.unsupported(*args)
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         choice = self.choose(args, backend)
@@ -128,6 +132,20 @@ class Operator:
     def _call_triton(self, *args: Any) -> Any:
         outputs = self.triton_op(*_narrowed(args, self.triton.narrowed))
         return outputs if len(outputs) > 1 else outputs[0]
+
+    def triton_passes(
+        self, args: Sequence[Any], gradient: Callable[[Tensor], Tensor]
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Outputs and gradients of the Triton implementation, forward and backward, without torch.library and autograd.
+
+        For checks of what it launches and needs. ``gradient`` makes the gradient of an output that has one.
+        """
+        outputs = list(self.triton.forward(*args))
+        differentiable = outputs[: len(outputs) - self.statistics]
+        gradients = [None if output is None else gradient(output) for output in differentiable]
+        saved = [outputs[i] for i in self.triton.saved]
+        needed = [isinstance(args[i], Tensor) for i in self.triton.differentiable]
+        return outputs, list(self.triton.backward(*gradients, *args, *saved, needed))
 
     def cost(self, *args: Any, backward: bool = False) -> Cost:
         """Return the least work for these arguments (tensors of any device, meta tensors included).
@@ -273,12 +291,18 @@ def _register_triton(name: str, fused: Fused, statistics: int) -> Any:
 
 def _narrowed(args: Sequence[Any], positions: Sequence[int]) -> list[Any]:
     """The arguments, those at ``positions`` in autocast's dtype where autocast is on for their device."""
-    args = list(args)
-    for i in positions:
-        device = args[i].device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            args[i] = args[i].to(torch.get_autocast_dtype(device))
-    return args
+    return [a.to(_dtype_of(a, narrow=True)) if i in positions else a for i, a in enumerate(args)]
+
+
+def _dtype_of(tensor: Tensor, narrow: bool) -> torch.dtype:
+    """The dtype that the kernels get a tensor in: autocast's where it narrows the tensor and is on, else its own."""
+    return (_autocast_dtype(tensor.device.type) if narrow else None) or tensor.dtype
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """What the autocast region converts to; None outside of one."""
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
 
 
 def _recomputed_gradients(
@@ -306,10 +330,8 @@ def _recomputed_gradients(
 def _autocast_state(inputs: Sequence[Any]) -> Callable[[], Any]:
     """Remember the autocast region of the forward pass: backward runs outside of it."""
     device = next(a.device.type for a in inputs if isinstance(a, Tensor))
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return nullcontext
-    dtype = torch.get_autocast_dtype(device)
-    return lambda: torch.autocast(device, dtype=dtype)
+    dtype = _autocast_dtype(device)
+    return nullcontext if dtype is None else lambda: torch.autocast(device, dtype=dtype)
 
 
 def _without_aliases(reference: Callable[..., Any]) -> Callable[..., Any]:

@@ -63,3 +63,16 @@ class PoisonedMemory(TorchDispatchMode):
         if func._schema.name.removeprefix("aten::") in empties and result.is_floating_point():
             result.fill_(float("nan"))
         return result
+
+
+class Conversions(TorchDispatchMode):
+    """Records the shapes of tensors that are converted to another dtype or device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default:
+            self.shapes.append(args[0].shape)
+        return func(*args, **(kwargs or {}))

@@ -13,8 +13,7 @@ import sys
 from typing import Any
 
 import torch
-from operators import arguments
-from torch import Tensor
+from operators import arguments, converted
 from trgnet.kernels import frame_statistics, launch, operator
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -38,10 +37,7 @@ class PretendedDriver:
 
 def pretend_a_gpu() -> None:
     driver.set_active(PretendedDriver())
-    launch.target_of = lambda tensor: launch.Target("cuda", 90)
-    for module in list(sys.modules.values()):  # where it was imported by name
-        if module.__name__.startswith("trgnet.kernels.") and hasattr(module, "target_of"):
-            module.target_of = launch.target_of
+    launch._forced_target = launch.Target("cuda", 90)
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
@@ -51,19 +47,9 @@ def pretend_a_gpu() -> None:
 
 
 def sweep(name: str, device: str) -> None:
-    fused = operator(name).triton
     for t in LENGTHS:
-        args = [
-            a.detach().to(device, torch.float32 if a.is_floating_point() else a.dtype)
-            if isinstance(a, Tensor)
-            else a
-            for a in arguments(name, 2, t, 25, 16)
-        ]
-        outputs = fused.forward(*args)
-        count = len(outputs) - operator(name).statistics
-        gradients = [torch.ones_like(output) for output in outputs[:count]]
-        saved = [outputs[i] for i in fused.saved]
-        fused.backward(*gradients, *args, *saved, [True] * len(fused.differentiable))
+        args = converted(arguments(name, 2, t, 25, 16), torch.float32, device)
+        operator(name).triton_passes(args, torch.ones_like)
 
 
 def compilations(name: str) -> dict[str, int]:

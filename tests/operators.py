@@ -113,6 +113,29 @@ def statistics(x, mask):
     return rows.mean(0), rows.var(0, unbiased=False)
 
 
+def converted(args: tuple, dtype: torch.dtype, device: str = "cpu") -> tuple:
+    """The arguments as leaves of their own on ``device``, floating point in ``dtype``."""
+    return tuple(
+        a.detach().to(device, dtype if a.is_floating_point() else a.dtype).requires_grad_(a.requires_grad)
+        if isinstance(a, Tensor)
+        else a
+        for a in args
+    )
+
+
+def gradients(outputs: tuple[Tensor, ...], args: tuple, *, allow_unused: bool = True) -> list[Tensor]:
+    """Gradients of a fixed random projection of the outputs; of what no output depends on zeros, or an error."""
+    generator = torch.Generator().manual_seed(1)
+    projected = [o for o in outputs if o.requires_grad]
+    weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in projected]
+    wanted = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+    return list(
+        torch.autograd.grad(
+            projected, wanted, weights, allow_unused=allow_unused, materialize_grads=allow_unused
+        )
+    )
+
+
 def multiscale_graph_conv(x, hops, weight, bias, mask):
     h = torch.einsum("kvu,ncut->nkcvt", hops, x).flatten(1, 2)
     y = torch.einsum("oi,nivt->novt", weight, h) + bias.view(-1, 1, 1)

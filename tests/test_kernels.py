@@ -10,7 +10,7 @@ import operators as formulas
 import pytest
 import torch
 from allocations import LargestTensor
-from operators import arguments
+from operators import arguments, converted, gradients
 from torch import Tensor
 from trgnet.kernels import BackendError, Operator, operator, operator_table, use_backend
 from trgnet.kernels.dynamic_graph_conv import BLOCK_ELEMENTS
@@ -38,27 +38,6 @@ def without_dropout(name: str, args: tuple) -> tuple:
     for position in DROPOUT.get(name, ()):
         changed[position] = 0.0
     return tuple(changed)
-
-
-def converted(args: tuple, dtype: torch.dtype) -> tuple:
-    return tuple(
-        a.detach().to(dtype).requires_grad_(a.requires_grad)
-        if isinstance(a, Tensor) and a.is_floating_point()
-        else a
-        for a in args
-    )
-
-
-def gradients(outputs: tuple[Tensor, ...], args: tuple) -> list[Tensor]:
-    """Gradients of a fixed random projection of the outputs."""
-    generator = torch.Generator().manual_seed(1)
-    total = sum(
-        (o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype)).sum()
-        for o in outputs
-        if o.requires_grad
-    )
-    wanted = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
-    return list(torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True))
 
 
 def test_every_operator_has_a_formula_here():

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import operators as formulas
 import pytest
 import torch
-from allocations import PeakMemory, PoisonedMemory
-from operators import arguments
+from allocations import Conversions, PeakMemory, PoisonedMemory
+from operators import arguments, converted
 from torch import Tensor
 from trgnet.kernels import BackendError, launch, operator, operator_table, use_backend
 from trgnet.kernels.launch import Target, known_miscompile, record_launches
@@ -55,32 +55,23 @@ def matmul_precision(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def moved(args: tuple, dtype: torch.dtype) -> tuple:
-    """The arguments on the tested device; leaves of their own, floating point in ``dtype``."""
-    return tuple(
-        a.detach().to(DEVICE, dtype if a.is_floating_point() else a.dtype).requires_grad_(a.requires_grad)
-        if isinstance(a, Tensor)
-        else a
-        for a in args
-    )
+    """The arguments on the tested device."""
+    return converted(args, dtype, DEVICE)
 
 
-def differentiated(outputs: tuple[Tensor, ...], args: tuple) -> list[Tensor]:
-    """Gradients of a fixed random projection of the outputs."""
-    generator = torch.Generator().manual_seed(1)
-    projected = [o for o in outputs if o.requires_grad]
-    weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in projected]
-    wanted = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
-    return list(torch.autograd.grad(projected, wanted, weights))
+def gradients(outputs: tuple[Tensor, ...], args: tuple) -> list[Tensor]:
+    """Gradients of a fixed random projection of the outputs, all of which depend on all arguments."""
+    return formulas.gradients(outputs, args, allow_unused=False)
 
 
 def results(name: str, args: tuple, backend: str, dtype: torch.dtype) -> list[Tensor]:
     """Outputs, then gradients; statistics that the reference leaves to the norm are taken from its output."""
     args = moved(args, dtype)
     outputs = list(operator(name)(*args, backend=backend))
-    gradients = differentiated(tuple(outputs), args)
+    derivatives = gradients(tuple(outputs), args)
     if name != "masked_batch_norm" and not outputs[1].numel():
         outputs[1:] = formulas.statistics(outputs[0].double(), args[-1])
-    return [r.detach() for r in (*outputs, *gradients)]
+    return [r.detach() for r in (*outputs, *derivatives)]
 
 
 def assert_as_good_as_plain(
@@ -170,7 +161,7 @@ def test_dynamic_graph_conv_without(missing: dict[int, None]):
     args = moved(tuple(args), torch.float32)
     outputs, expected = (operator("dynamic_graph_conv")(*args, backend=b) for b in ("triton", "reference"))
     assert outputs[1].numel() == (0 if 4 in missing else 16)
-    for a, b in zip(differentiated(outputs, args), differentiated(expected, args), strict=True):
+    for a, b in zip(gradients(outputs, args), gradients(expected, args), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(outputs[0], expected[0], rtol=1e-5, atol=1e-5)
 
@@ -191,9 +182,9 @@ def test_strided_inputs_and_expanded_gradients(name: str):
     for outputs, inputs in ((got, strided), (expected, args)):
         wanted = [a for a in inputs if isinstance(a, Tensor) and a.requires_grad]
         expanded = torch.ones((), device=DEVICE).expand_as(outputs[0])
-        gradients = torch.autograd.grad(outputs[0], wanted, expanded, retain_graph=True)
+        from_expanded = torch.autograd.grad(outputs[0], wanted, expanded, retain_graph=True)
         plain = torch.autograd.grad(outputs[0], wanted, expanded.contiguous())
-        assert all(torch.equal(a, b) for a, b in zip(gradients, plain, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(from_expanded, plain, strict=True))
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -226,22 +217,19 @@ def test_padding_changes_nothing_whatever_it_holds(name: str):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_repeats_are_bitwise_equal_in_poisoned_memory(name: str):
     """A value that no program wrote would be NaN; a sum in changing order would differ."""
-    fused, args = operator(name).triton, moved(arguments(name, *SMALL), torch.float32)
+    args = moved(arguments(name, *SMALL), torch.float32)
 
     def run() -> list[Tensor]:
         with PoisonedMemory():
-            outputs = fused.forward(*args)
-            count = len(outputs) - operator(name).statistics
-            gradients = [
-                torch.linspace(-1, 1, o.numel(), device=DEVICE).view(o.shape) for o in outputs[:count]
-            ]
-            saved = [outputs[i] for i in fused.saved]
-            return [*outputs, *fused.backward(*gradients, *args, *saved, [True] * len(fused.differentiable))]
+            outputs, derivatives = operator(name).triton_passes(
+                args, lambda o: torch.linspace(-1, 1, o.numel(), device=DEVICE).view(o.shape)
+            )
+        return [result for result in (*outputs, *derivatives) if result is not None]
 
-    first = [r for r in run() if r is not None]
+    first = run()
     assert len(first) >= 5 and all(r.isfinite().all() for r in first)
     for _ in range(2):
-        assert all(torch.equal(a, b) for a, b in zip(first, [r for r in run() if r is not None], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -250,14 +238,14 @@ def test_opcheck(name: str):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_only_what_is_needed_is_differentiated(name: str):
+def test_only_what_is_needed_is_gradients(name: str):
     """Every gradient comes out the same if it is the only one that is asked for."""
     args = moved(arguments(name, 2, 17, 5, 8), torch.float32)
-    everything = differentiated(operator(name)(*args, backend="triton"), args)
+    everything = gradients(operator(name)(*args, backend="triton"), args)
     positions = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad]
     for expected, position in zip(everything, positions, strict=True):
         only = tuple(a.detach() if isinstance(a, Tensor) and i != position else a for i, a in enumerate(args))
-        (gradient,) = differentiated(operator(name)(*only, backend="triton"), only)
+        (gradient,) = gradients(operator(name)(*only, backend="triton"), only)
         torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -314,33 +302,33 @@ def masked_batch_norm_backward(
     return w * rstd * centred * real, grad_weight, grad_bias, g
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["", "given"])
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [*((name, False) for name in OPERATORS), ("masked_batch_norm", True)],
+    ids=lambda value: {True: "given statistics", False: ""}.get(value, value),
+)
 def test_backward_formulas_in_float64(name: str, given: bool):
     args = list(arguments(name, 3, 17, 5, 8))
     if given:
-        if name != "masked_batch_norm":
-            pytest.skip("one form only")
         args[5:7] = [
             torch.randn(8).double().requires_grad_(),
             (torch.rand(8).double() + 0.5).requires_grad_(),
         ]
     outputs = getattr(formulas, name)(*args)
     outputs = [o for o in outputs if o.requires_grad]
-    gradients = [torch.randn_like(o) for o in outputs]
+    weights = [torch.randn_like(o) for o in outputs]
     expected = torch.autograd.grad(
-        outputs, [a for a in args if isinstance(a, Tensor) and a.requires_grad], gradients
+        outputs, [a for a in args if isinstance(a, Tensor) and a.requires_grad], weights
     )
     with torch.no_grad():
-        got = globals()[f"{name}_backward"](*gradients, *args)
+        got = globals()[f"{name}_backward"](*weights, *args)
     for ours, truth in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10)
     # The kernels, called without autograd, follow the same formulas.
-    fused, args = operator(name).triton, moved(tuple(args), torch.float32)
-    forward = fused.forward(*args)
-    saved = [forward[i] for i in fused.saved]
-    needed = [isinstance(args[i], Tensor) for i in fused.differentiable]
-    computed = fused.backward(*(g.to(DEVICE, torch.float32) for g in gradients), *args, *saved, needed)
+    remaining = iter(weights)
+    _, computed = operator(name).triton_passes(
+        moved(tuple(args), torch.float32), lambda o: next(remaining).to(o)
+    )
     for ours, truth in zip([g for g in computed if g is not None], got, strict=True):
         torch.testing.assert_close(ours.cpu().double(), truth, rtol=1e-3, atol=1e-3)
 
@@ -369,8 +357,8 @@ def spatial_results(module: SpatialModule, inputs: tuple[Tensor, ...], backend: 
     with use_backend(backend):
         out = module(*inputs)
         weights = torch.linspace(-1, 1, out.numel(), device=DEVICE, dtype=torch.float64).view(out.shape)
-        gradients = torch.autograd.grad((out * weights).sum(), list(module.parameters()))
-    return [out.detach(), *gradients, *(b.clone() for b in module.buffers() if b.is_floating_point())]
+        derivatives = torch.autograd.grad((out * weights).sum(), list(module.parameters()))
+    return [out.detach(), *derivatives, *(b.clone() for b in module.buffers() if b.is_floating_point())]
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -397,6 +385,14 @@ def test_spatial_module_under_autocast(dtype: torch.dtype):
     for our, rough, true in zip(ours, plain, truth, strict=True):
         assert our.dtype == rough.dtype
         assert (our - true).norm() <= 2 * (rough - true).norm() + 0.01 * true.norm()
+
+
+@pytest.mark.parametrize("name", ["dynamic_graph_conv", "multiscale_graph_conv"])
+def test_autocast_converts_the_input_once(name: str):
+    args = moved(arguments(name, 2, 16, 5, 8), torch.float32)
+    with Conversions() as conversions, torch.autocast(DEVICE, dtype=torch.float16):
+        operator(name)(*args, backend="triton")
+    assert conversions.shapes.count(args[0].shape) == 1
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -476,17 +472,14 @@ def test_dynamic_graph_conv_needs_no_more_than_its_tensors(dtype: torch.dtype):
         torch.empty(f + 2, **meta),
         torch.empty(n, 1, t, device="meta", dtype=torch.bool),
     )
-    fused = operator("dynamic_graph_conv").triton
     with record_launches(Target("cuda", 90)) as recorded, PeakMemory() as memory:
-        z, *_ = fused.forward(*args)
-        gradient = torch.empty_like(z)
-        gradients = fused.backward(gradient, *args, [True] * 4)
-    assert len(recorded) >= 4 and gradients[0].shape == args[0].shape
+        (z, *_), (grad_x, *_) = operator("dynamic_graph_conv").triton_passes(args, torch.empty_like)
+    assert len(recorded) >= 4 and grad_x.shape == args[0].shape
 
     def size(*tensors: Tensor) -> int:
         return sum(a.numel() * a.element_size() for a in tensors)
 
-    inputs, needed = size(*args), size(z, gradient, *args[:4])
+    inputs, needed = size(*args), size(z, z, *args[:4])  # z and its gradient
     assert needed <= memory.peak and memory.peak + inputs <= 1.05 * (needed + inputs)
 
 
@@ -672,4 +665,4 @@ def test_empty_batches(name: str, n: int, t: int):
     )
     outputs = operator(name)(*args, backend="triton")
     assert outputs[0].numel() == 0
-    assert all(not gradient.any() for gradient in differentiated(outputs, args))
+    assert all(not gradient.any() for gradient in gradients(outputs, args))
