@@ -51,7 +51,8 @@ def test_every_kernel_compiles_everywhere_without_a_spill(published: list[dict])
         assert {(c["precision"], c["arch"]) for c in published if c["kernel"] == kernel} == combinations
     for code in published:
         assert code["spilled"] == 0 and code["float64"] == 0, code
-        assert 0 < code["shared"] <= code["shared_limit"] or code["kernel"] == "batch_norm_backward", code
+        assert code["shared"] <= code["shared_limit"], code
+        assert code["shared"] > 0 or code["kernel"] == "batch_norm_backward", code
         assert 0 < code["registers"] <= 512, code
 
 
