@@ -44,15 +44,21 @@ class Fused:
     """
 
     forward: Callable[..., Any]
-    """With the signature of the reference; returns its outputs as a tuple, None in the place of an empty one."""
+    """With the signature of the reference; returns its outputs as a tuple, None in the place of an empty one, and behind
+    them as many more as ``kept`` says."""
     backward: Callable[..., Any]
     """Called with the gradients of the differentiable outputs, the arguments, the outputs that ``saved`` names, and a
-    list that says of each of ``differentiable`` whether its gradient is needed. Returns a tuple of those gradients; None,
-    or any tensor, in the place of one that is not needed."""
+    list that says of each of ``differentiable`` whether its gradient is needed. Returns a tuple of those gradients (see
+    ``unpack``); None, or any tensor, in the place of one that is not needed."""
     differentiable: tuple[int, ...]
     """Positions of the arguments that have gradients."""
     saved: tuple[int, ...] = ()
     """Positions of the outputs that ``backward`` takes."""
+    kept: int = 0
+    """How many outputs ``forward`` has more than the reference: for ``backward`` alone, the caller does not see them."""
+    unpack: Callable[..., tuple[Tensor | None, ...]] = lambda computed, args: computed
+    """Called with what ``backward`` returned and the arguments; returns the gradients in the order of
+    ``differentiable``. Outputs of an op may not be views of each other: so one tensor of many gradients is split here."""
     narrowed: tuple[int, ...] = ()
     """Positions of the arguments that autocast converts to its dtype, as it does for a matrix product."""
     unsupported: Callable[..., str | None] = lambda *_: None
@@ -131,6 +137,7 @@ class Operator:
 
     def _call_triton(self, *args: Any) -> Any:
         outputs = self.triton_op(*_narrowed(args, self.triton.narrowed))
+        outputs = outputs[: len(outputs) - self.triton.kept]
         return outputs if len(outputs) > 1 else outputs[0]
 
     def triton_passes(
@@ -141,11 +148,12 @@ class Operator:
         For checks of what it launches and needs. ``gradient`` makes the gradient of an output that has one.
         """
         outputs = list(self.triton.forward(*args))
-        differentiable = outputs[: len(outputs) - self.statistics]
+        differentiable = outputs[: len(outputs) - self.statistics - self.triton.kept]
         gradients = [None if output is None else gradient(output) for output in differentiable]
         saved = [outputs[i] for i in self.triton.saved]
         needed = [isinstance(args[i], Tensor) for i in self.triton.differentiable]
-        return outputs, list(self.triton.backward(*gradients, *args, *saved, needed))
+        computed = self.triton.backward(*gradients, *args, *saved, needed)
+        return outputs, list(self.triton.unpack(computed, args))
 
     def cost(self, *args: Any, backward: bool = False) -> Cost:
         """Return the least work for these arguments (tensors of any device, meta tensors included).
@@ -264,6 +272,7 @@ def _register_triton(name: str, fused: Fused, statistics: int) -> Any:
         return op
 
     op = custom_op(f"{name}_triton", fused.forward)
+    by_products = statistics + fused.kept
     backward_op = custom_op(f"{name}_triton_backward", fused.backward)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -271,15 +280,15 @@ def _register_triton(name: str, fused: Fused, statistics: int) -> Any:
             *[a for a in inputs if isinstance(a, Tensor)], *[output[i] for i in fused.saved]
         )
         ctx.rest = [None if isinstance(a, Tensor) else (a,) for a in inputs]
-        if statistics:
-            ctx.mark_non_differentiable(*output[-statistics:])
+        if by_products:
+            ctx.mark_non_differentiable(*output[-by_products:])
 
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         tensors = iter(ctx.saved_tensors)
         args = [next(tensors) if other is None else other[0] for other in ctx.rest]
         needed = [ctx.needs_input_grad[i] for i in fused.differentiable]
-        differentiable = grad_outputs[: len(grad_outputs) - statistics]
-        computed = backward_op(*differentiable, *args, *tensors, needed)
+        differentiable = grad_outputs[: len(grad_outputs) - by_products]
+        computed = fused.unpack(backward_op(*differentiable, *args, *tensors, needed), args)
         gradients: list[Tensor | None] = [None] * len(args)
         for i, gradient, need in zip(fused.differentiable, computed, needed, strict=True):
             gradients[i] = gradient if need else None
