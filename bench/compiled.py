@@ -110,7 +110,7 @@ def launches(job: Job) -> list[Launch]:
     """What forward and backward of an operator launch on the job's architecture."""
     dtype, matmul = PRECISIONS[job.precision]
     args = make_case(job.operator, job.size).network_args
-    args = [_on_meta(a, dtype) if isinstance(a, Tensor) else a for a in args]
+    args = [_on_meta(a, dtype, job.size.t) if isinstance(a, Tensor) else a for a in args]
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(matmul)
     try:
@@ -121,9 +121,11 @@ def launches(job: Job) -> list[Launch]:
     return list({launch.compilation: launch for launch in recorded}.values())
 
 
-def _on_meta(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    # Parameters stay in float32, as under autocast.
-    wide = tensor.dim() == 4 and tensor.is_floating_point()
+def _on_meta(tensor: Tensor, dtype: torch.dtype, frames: int) -> Tensor:
+    # Parameters stay in float32, as under autocast: what has neither joints twice nor frames along its last axis.
+    wide = tensor.is_floating_point() and (
+        tensor.dim() == 4 or tensor.dim() == 3 and tensor.shape[2] == frames
+    )
     return tensor.detach().to("meta", dtype if wide else tensor.dtype)
 
 

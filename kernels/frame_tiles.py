@@ -7,6 +7,8 @@ order. The number of programs does not depend on the device, and nor do results.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -56,7 +58,7 @@ def needs_split_products(x: Tensor) -> bool:
     return x.dtype == torch.float32 and exact_float32() and target_of(x).backend == "cuda"
 
 
-def unsupported_frames(x: Tensor) -> str | None:
+def unsupported_frames(x: Tensor, *_: object) -> str | None:
     """Why there are no kernels for x (N, F, T); None if there are."""
     _, f, t = x.shape
     if f % 8 or not 8 <= f <= MOST_FEATURES:
@@ -64,6 +66,15 @@ def unsupported_frames(x: Tensor) -> str | None:
     if f * t >= TILE_LIMIT:
         return f"{f} features and {t} frames exceed 32-bit offsets within a sequence; split the sequence"
     return None
+
+
+def split_gradients(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of the parameters, which lie behind each other in ``flat``: views of it in its own dtype."""
+    parts = flat.split([parameter.numel() for parameter in parameters])
+    return [
+        part.view(parameter.shape).to(parameter.dtype)
+        for part, parameter in zip(parts, parameters, strict=True)
+    ]
 
 
 @device_function
@@ -111,3 +122,10 @@ def store_matrix(ptr, x, o_r, o_c, F, row, column):
     """Store [BF, BF] as an (F, F) matrix with these strides."""
     inside = (o_r < F)[:, None] & (o_c < F)[None, :]
     tl.store(ptr + (o_r[:, None] * row + o_c[None, :] * column), x, mask=inside)
+
+
+@device_function
+def store_gradients(ptr, weight, bias, offset, o_f, F):
+    """Store the gradients of a square weight and, ``offset`` behind its start, of a bias."""
+    store_matrix(ptr, weight, o_f, o_f, F, F, 1)
+    tl.store(ptr + offset + o_f, bias, mask=o_f < F)
