@@ -15,7 +15,6 @@ is h, gz is computed on the way from the gradient gr behind the norm's residual 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .frame_tiles import (
