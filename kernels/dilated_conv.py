@@ -15,7 +15,6 @@ is h, gz is computed on the way from the gradient gr behind the norm's residual 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .frame_tiles import (
@@ -66,9 +65,12 @@ def _gradient(gr_ptr, gh_ptr, o_ptr, mask_ptr, mean, rstd, mean_g, mean_gh, o_f,
 @device_function
 def _sum_of_parts(sums_ptr, o_f, F, P, row):
     """Sum [BF] over the P parts of a sequence, ``row`` apart."""
-    total = tl.zeros_like(o_f).to(tl.float32)
-    for i in range(0, P):
-        total += load_vector(sums_ptr + i * row, o_f, F)
+    total, o_p = tl.zeros_like(o_f).to(tl.float32), tl.arange(0, 16)
+    for i in range(0, P, 16):
+        inside = (i + o_p < P)[:, None] & (o_f < F)[None, :]
+        total += tl.sum(
+            tl.load(sums_ptr + ((i + o_p)[:, None] * row + o_f[None, :]), mask=inside, other=0.0), 0
+        )
     return total
 
 

@@ -7,6 +7,8 @@ order. The number of programs does not depend on the device, and nor do results.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -66,6 +68,15 @@ def unsupported_frames(x: Tensor) -> str | None:
     return None
 
 
+def split_gradients(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of the parameters, which lie behind each other in ``flat``: views of it in its own dtype."""
+    parts = flat.split([parameter.numel() for parameter in parameters])
+    return [
+        part.view(parameter.shape).to(parameter.dtype)
+        for part, parameter in zip(parts, parameters, strict=True)
+    ]
+
+
 @device_function
 def sequence_and_part(P):
     """Sequence (64 bits wide) and part of it of this program, of P parts per sequence."""
@@ -111,3 +122,10 @@ def store_matrix(ptr, x, o_r, o_c, F, row, column):
     """Store [BF, BF] as an (F, F) matrix with these strides."""
     inside = (o_r < F)[:, None] & (o_c < F)[None, :]
     tl.store(ptr + (o_r[:, None] * row + o_c[None, :] * column), x, mask=inside)
+
+
+@device_function
+def store_gradients(ptr, weight, bias, offset, o_f, F):
+    """Store the gradients of a square weight and, ``offset`` behind its start, of a bias."""
+    store_matrix(ptr, weight, o_f, o_f, F, F, 1)
+    tl.store(ptr + offset + o_f, bias, mask=o_f < F)
