@@ -35,7 +35,6 @@ from .frame_statistics import of_sequence, store_sequence_part, with_tile
 from .frame_tiles import (
     PROGRAMS,
     load_frames,
-    load_matrix,
     load_real,
     load_vector,
     needs_split_products,
@@ -48,7 +47,7 @@ from .frame_tiles import (
     unsupported_frames,
     wide_precision,
 )
-from .launch import device_function, kernel, launch, launchable, rows, tl
+from .launch import device_function, kernel, launch, launchable, power_of_two, rows, tl
 from .operator import Fused, Operator, check_mask, check_shapes
 from .pointwise import pointwise
 from .precision import widened, without_autocast
@@ -125,31 +124,62 @@ def _sigmoid_product(weight, h, bias, PRECISION: tl.constexpr):
     return tl.sigmoid(tl.dot(weight, h, input_precision=PRECISION) + bias[:, None])
 
 
-@device_function
-def _head_offsets(o_f, F, HEAD: tl.constexpr):
-    """Which pairs of features [BF, BF] share a head, and where the matrices (F, HEAD) of all heads hold them."""
-    same = (o_f // HEAD)[:, None] == (o_f // HEAD)[None, :]
-    return same & (o_f < F)[:, None] & (o_f < F)[None, :], o_f[:, None] * HEAD + (o_f % HEAD)[None, :]
+QUERY, KEY, VALUE, ATTENTION, OUTPUT = (tl.constexpr(i) for i in range(5))
+"""Places of the square weights among the packed ones."""
+TRANSPOSED = tl.constexpr(5)
+"""Added to them, those of the transposed weights."""
 
 
-@device_function
-def _load_heads(sums_ptr, o_f, count, F, HEAD: tl.constexpr):
-    """Per real frame: values times keys, transposed and not [BF, BF], zero between heads; and the sum of keys [BF].
+@kernel
+def _attention_pack_kernel(
+    query_key_ptr, value_ptr, attention_ptr, output_ptr, packed_ptr, one_head_ptr, HEAD: tl.constexpr, F: tl.constexpr,
+    BF: tl.constexpr,
+):  # fmt: skip
+    """The square weights and the transposed ones in the dtype of the products, zero beyond the last feature.
 
-    Divided by the number of frames they fit into half precision; what they are used for is a quotient of theirs.
+    Loaded as they are, without masks and conversions, they go straight to shared memory. Of one_head see below.
     """
-    same, offsets = _head_offsets(o_f, F, HEAD)
-    key_value = tl.load(sums_ptr + offsets, mask=same, other=0.0) / count
-    transposed = tl.trans(tl.load(sums_ptr + offsets, mask=same, other=0.0)) / count
-    key = (load_vector(sums_ptr + F * HEAD, o_f, F) + 1e-6) / count  # ATTENTION_EPS
-    # Features beyond the last one make up heads of their own, so that no normaliser is 0.
-    one_head = (o_f // HEAD)[:, None] == (o_f // HEAD)[None, :]
-    return key_value, transposed, key, one_head.to(tl.float32)
+    i, o_f = tl.program_id(0), tl.arange(0, BF)
+    inside = (o_f < F)[:, None] & (o_f < F)[None, :]
+    places = o_f[:, None] * F + o_f[None, :]
+    if i < VALUE:
+        weight = tl.load(query_key_ptr + i * F * F + places, mask=inside, other=0.0)
+    elif i == VALUE:
+        weight = tl.load(value_ptr + places, mask=inside, other=0.0)
+    elif i == ATTENTION:
+        weight = tl.load(attention_ptr + places, mask=inside, other=0.0)
+    else:
+        weight = tl.load(output_ptr + places, mask=inside, other=0.0)
+    weight = weight.to(packed_ptr.dtype.element_ty)
+    packed_ptr += i * (BF * BF)
+    tl.store(packed_ptr + (o_f[:, None] * BF + o_f[None, :]), weight)
+    tl.store(packed_ptr + TRANSPOSED * (BF * BF) + (o_f[None, :] * BF + o_f[:, None]), weight)
+    if i == 0:
+        tl.store(one_head_ptr + (o_f[:, None] * BF + o_f[None, :]), _one_head(o_f, HEAD))
+
+
+@device_function
+def _load_packed(packed_ptr, i: tl.constexpr, BF: tl.constexpr):
+    """One of the packed weights [BF, BF]."""
+    o_f = tl.arange(0, BF)
+    return tl.load(packed_ptr + (i * (BF * BF) + o_f[:, None] * BF + o_f[None, :]))
+
+
+@device_function
+def _load_packed_transposed(packed_ptr, i: tl.constexpr, BF: tl.constexpr):
+    o_f = tl.arange(0, BF)
+    return tl.load(packed_ptr + (i * (BF * BF) + o_f[None, :] * BF + o_f[:, None]))
+
+
+@device_function
+def _one_head(o_f, HEAD: tl.constexpr):
+    """1 where two features share a head [BF, BF]. Those beyond the last make up heads of their own: no sum is 0."""
+    return ((o_f // HEAD)[:, None] == (o_f // HEAD)[None, :]).to(tl.float32)
 
 
 @kernel
 def _attention_conv_kernel(
-    x_ptr, mask_ptr, weight_ptr, bias_ptr, o_ptr, parts_ptr, d, F, T, P, STEPS, BF: tl.constexpr, BT: tl.constexpr,
+    x_ptr, mask_ptr, weight_ptr, bias_ptr, o_ptr, parts_ptr, d, T, P, STEPS, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr,
     UNIT: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o, and the parts of its statistics."""
@@ -173,8 +203,8 @@ def _attention_conv_kernel(
 
 @kernel
 def _attention_key_value_kernel(
-    o_ptr, mask_ptr, source_ptr, key_weight_ptr, key_bias_ptr, value_weight_ptr, value_bias_ptr, parts_ptr, stats_ptr,
-    sums_ptr, eps, F, T, P, STEPS, HEAD: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr,
+    o_ptr, mask_ptr, source_ptr, packed_ptr, key_bias_ptr, value_bias_ptr, parts_ptr, stats_ptr,
+    sums_ptr, eps, T, P, STEPS, HEAD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Statistics of o (mean, 1 / deviation, number of frames), and parts of the sums over time of U K^T and K."""
@@ -190,32 +220,31 @@ def _attention_key_value_kernel(
         tl.store(stats_ptr + o_f, mean, mask=o_f < F)
         tl.store(stats_ptr + F + o_f, rstd, mask=o_f < F)
         tl.store(stats_ptr + 2 * F, count)
-    key_weight = load_matrix(key_weight_ptr, o_f, o_f, F, F, 1, dtype)
-    value_weight = load_matrix(value_weight_ptr, o_f, o_f, F, F, 1, dtype)
     key_bias, value_bias = load_vector(key_bias_ptr, o_f, F), load_vector(value_bias_ptr, o_f, F)
     key_value, keys = tl.zeros([BF, BF], tl.float32), tl.zeros([BF], tl.float32)
     for i in range(0, STEPS):
         t = (i_p * STEPS + i) * BT + o_t
         h = _normalised(load_frames(o_ptr + plane, o_f, t, F, T), mean, rstd).to(dtype)
-        key = _sigmoid_product(key_weight, h, key_bias, PRECISION)
+        key = _sigmoid_product(_load_packed(packed_ptr, KEY, BF), h, key_bias, PRECISION)
         key = tl.where(load_real(mask_ptr + i_n * T, t, T)[None, :], key, 0.0).to(dtype)
         if source_ptr is not None:
             h = load_frames(source_ptr + plane, o_f, t, F, T)
-        value = (tl.dot(value_weight, h, input_precision=PRECISION) + value_bias[:, None]).to(dtype)
+        value = (
+            tl.dot(_load_packed(packed_ptr, VALUE, BF), h, input_precision=PRECISION) + value_bias[:, None]
+        ).to(dtype)
         key_value = tl.dot(value, tl.trans(key), key_value, input_precision=PRECISION)
         keys += tl.sum(key.to(tl.float32), 1)
-    sums_ptr += tl.program_id(0).to(tl.int64) * (F * HEAD + F)
-    same, offsets = _head_offsets(o_f, F, HEAD)
-    tl.store(sums_ptr + offsets, key_value, mask=same)
-    tl.store(sums_ptr + F * HEAD + o_f, keys, mask=o_f < F)
+    sums_ptr += tl.program_id(0).to(tl.int64) * (BF * BF + BF)
+    places = o_f[:, None] * BF + o_f[None, :]
+    tl.store(sums_ptr + places, key_value * _one_head(o_f, HEAD))
+    tl.store(sums_ptr + BF * BF + o_f, keys)
 
 
 @kernel
 def _attention_output_kernel(
-    x_ptr, mask_ptr, o_ptr, stats_ptr, sums_ptr, query_weight_ptr, query_bias_ptr, attention_weight_ptr,
-    attention_bias_ptr, output_weight_ptr, output_bias_ptr, attention_seed_ptr, output_seed_ptr, out_ptr, scale,
-    attention_threshold, attention_scale, output_threshold, output_scale, F, T, P, STEPS, HEAD: tl.constexpr,
-    BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    x_ptr, mask_ptr, o_ptr, stats_ptr, sums_ptr, packed_ptr, one_head_ptr, query_bias_ptr,
+    attention_bias_ptr, output_bias_ptr, attention_seed_ptr, output_seed_ptr, out_ptr, attention_eps, scale,
+    attention_threshold, attention_scale, output_threshold, output_scale, T, P, STEPS, HEAD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     T = T * UNIT
     i_n, i_p = sequence_and_part(P)
@@ -224,9 +253,8 @@ def _attention_output_kernel(
     dtype = o_ptr.dtype.element_ty
     stats_ptr += i_n * (2 * F + 1)
     mean, rstd = load_vector(stats_ptr, o_f, F), load_vector(stats_ptr + F, o_f, F)
-    key_value, _, key, same = _load_heads(
-        sums_ptr + i_n * (F * HEAD + F), o_f, tl.load(stats_ptr + 2 * F), F, HEAD
-    )
+    sums_ptr += i_n * (BF * BF + BF)
+    keys = tl.load(sums_ptr + BF * BF + o_f) + tl.cast(attention_eps, tl.float32)
     query_bias, attention_bias = load_vector(query_bias_ptr, o_f, F), load_vector(attention_bias_ptr, o_f, F)
     output_bias = load_vector(output_bias_ptr, o_f, F)
     if attention_seed_ptr is not None:
@@ -237,17 +265,22 @@ def _attention_output_kernel(
         t = (i_p * STEPS + i) * BT + o_t
         o = load_frames(o_ptr + plane, o_f, t, F, T)
         h = _normalised(o, mean, rstd).to(dtype)
-        query_weight = load_matrix(query_weight_ptr, o_f, o_f, F, F, 1, dtype)
-        query = _sigmoid_product(query_weight, h, query_bias, PRECISION).to(dtype).to(tl.float32)
-        normaliser = tl.dot(same, key[:, None] * query, input_precision=WIDE)  # of the feature's head
-        attended = (tl.dot(key_value, query, input_precision=WIDE) / normaliser).to(dtype)
-        attention_weight = load_matrix(attention_weight_ptr, o_f, o_f, F, F, 1, dtype)
-        y = tl.dot(attention_weight, attended, input_precision=PRECISION) + attention_bias[:, None]
+        query = (
+            _sigmoid_product(_load_packed(packed_ptr, QUERY, BF), h, query_bias, PRECISION)
+            .to(dtype)
+            .to(tl.float32)
+        )
+        normaliser = tl.dot(_load_packed(one_head_ptr, 0, BF), keys[:, None] * query, input_precision=WIDE)
+        attended = tl.dot(_load_packed(sums_ptr, 0, BF), query, input_precision=WIDE)
+        attended = (attended / normaliser).to(dtype)
+        y = (
+            tl.dot(_load_packed(packed_ptr, ATTENTION, BF), attended, input_precision=PRECISION)
+            + attention_bias[:, None]
+        )
         if attention_seed_ptr is not None:
             y = dropped(y, attention_rows, t, attention_threshold, attention_scale)
         y = (tl.cast(scale, tl.float32) * y + o.to(tl.float32)).to(dtype)
-        output_weight = load_matrix(output_weight_ptr, o_f, o_f, F, F, 1, dtype)
-        y = tl.dot(output_weight, y, input_precision=PRECISION) + output_bias[:, None]
+        y = tl.dot(_load_packed(packed_ptr, OUTPUT, BF), y, input_precision=PRECISION) + output_bias[:, None]
         if output_seed_ptr is not None:
             y = dropped(y, output_rows, t, output_threshold, output_scale)
         y += load_frames(x_ptr + plane, o_f, t, F, T).to(tl.float32)
@@ -257,10 +290,10 @@ def _attention_output_kernel(
 
 @kernel
 def _attention_output_backward_kernel(
-    grad_ptr, mask_ptr, o_ptr, stats_ptr, sums_ptr, query_weight_ptr, query_bias_ptr, attention_weight_ptr,
-    attention_bias_ptr, output_weight_ptr, attention_seed_ptr, output_seed_ptr, gr_ptr, gh_ptr, grad_sums_ptr, parts_ptr,
-    scale, attention_threshold, attention_scale, output_threshold, output_scale, F, T, P, STEPS, COLUMNS,
-    HEAD: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    grad_ptr, mask_ptr, o_ptr, stats_ptr, sums_ptr, packed_ptr, one_head_ptr, query_bias_ptr,
+    attention_bias_ptr, attention_seed_ptr, output_seed_ptr, gr_ptr, gh_ptr, grad_sums_ptr, parts_ptr,
+    attention_eps, scale, attention_threshold, attention_scale, output_threshold, output_scale, T, P, STEPS, COLUMNS,
+    HEAD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """From the output to r and Q: gr, the part of gh that comes from Q, parts of the sums that gK and gU are made of."""
@@ -271,8 +304,8 @@ def _attention_output_backward_kernel(
     dtype = o_ptr.dtype.element_ty
     stats_ptr += i_n * (2 * F + 1)
     mean, rstd = load_vector(stats_ptr, o_f, F), load_vector(stats_ptr + F, o_f, F)
-    sums_ptr += i_n * (F * HEAD + F)
-    count = tl.load(stats_ptr + 2 * F)
+    sums_ptr += i_n * (BF * BF + BF)
+    keys = tl.load(sums_ptr + BF * BF + o_f) + tl.cast(attention_eps, tl.float32)
     query_bias, attention_bias = load_vector(query_bias_ptr, o_f, F), load_vector(attention_bias_ptr, o_f, F)
     scale = tl.cast(scale, tl.float32)
     if attention_seed_ptr is not None:
@@ -286,14 +319,13 @@ def _attention_output_backward_kernel(
     for i in range(0, STEPS):
         t = (i_p * STEPS + i) * BT + o_t
         # Forward again, up to r.
-        key_value, transposed, key, same = _load_heads(sums_ptr, o_f, count, F, HEAD)
         o = load_frames(o_ptr + plane, o_f, t, F, T)
         h = _normalised(o, mean, rstd).to(dtype)
-        weight = load_matrix(query_weight_ptr, o_f, o_f, F, F, 1, dtype)
+        weight = _load_packed(packed_ptr, QUERY, BF)
         query = _sigmoid_product(weight, h, query_bias, PRECISION).to(dtype).to(tl.float32)
-        normaliser = tl.dot(same, key[:, None] * query, input_precision=WIDE)
-        attended = tl.dot(key_value, query, input_precision=WIDE) / normaliser
-        weight = load_matrix(attention_weight_ptr, o_f, o_f, F, F, 1, dtype)
+        normaliser = tl.dot(_load_packed(one_head_ptr, 0, BF), keys[:, None] * query, input_precision=WIDE)
+        attended = tl.dot(_load_packed(sums_ptr, 0, BF), query, input_precision=WIDE) / normaliser
+        weight = _load_packed(packed_ptr, ATTENTION, BF)
         y = tl.dot(weight, attended.to(dtype), input_precision=PRECISION) + attention_bias[:, None]
         if attention_seed_ptr is not None:
             y = dropped(y, attention_rows, t, attention_threshold, attention_scale)
@@ -306,7 +338,7 @@ def _attention_output_backward_kernel(
         output_gb += tl.sum(g, 1)
         g = g.to(dtype)
         output_gw = tl.dot(g, tl.trans(r), output_gw, input_precision=PRECISION)
-        weight = load_matrix(output_weight_ptr, o_f, o_f, F, 1, F, dtype)
+        weight = _load_packed(packed_ptr, TRANSPOSED + OUTPUT, BF)
         g = tl.dot(weight, g, input_precision=PRECISION)
         store_frames(gr_ptr + plane, g, o_f, t, F, T)
         # Back through the projection behind the attention.
@@ -316,23 +348,23 @@ def _attention_output_backward_kernel(
         attention_gb += tl.sum(g, 1)
         g = g.to(dtype)
         attention_gw = tl.dot(g, tl.trans(attended.to(dtype)), attention_gw, input_precision=PRECISION)
-        weight = load_matrix(attention_weight_ptr, o_f, o_f, F, 1, F, dtype)
+        weight = _load_packed(packed_ptr, TRANSPOSED + ATTENTION, BF)
         u = tl.dot(weight, g, input_precision=PRECISION) / normaliser
         # Back through numerator and normaliser.
-        share = tl.dot(same, u * attended, input_precision=WIDE)  # sum over the head
+        share = tl.dot(_load_packed(one_head_ptr, 0, BF), u * attended, input_precision=WIDE)
         key_value_g = tl.dot(u, tl.trans(query), key_value_g, input_precision=WIDE)
         key_g -= tl.sum(query * share, 1)
-        g = tl.dot(transposed, u, input_precision=WIDE) - key[:, None] * share
+        g = tl.dot(_load_packed_transposed(sums_ptr, 0, BF), u, input_precision=WIDE) - keys[:, None] * share
         g = g * query * (1.0 - query)
         query_gb += tl.sum(g, 1)
         g = g.to(dtype)
         query_gw = tl.dot(g, tl.trans(h), query_gw, input_precision=PRECISION)
-        weight = load_matrix(query_weight_ptr, o_f, o_f, F, 1, F, dtype)
+        weight = _load_packed(packed_ptr, TRANSPOSED + QUERY, BF)
         store_frames(gh_ptr + plane, tl.dot(weight, g, input_precision=PRECISION), o_f, t, F, T)
-    same, offsets = _head_offsets(o_f, F, HEAD)
-    grad_sums_ptr += tl.program_id(0).to(tl.int64) * (F * HEAD + F)
-    tl.store(grad_sums_ptr + offsets, key_value_g, mask=same)
-    tl.store(grad_sums_ptr + F * HEAD + o_f, key_g, mask=o_f < F)
+    places = o_f[:, None] * BF + o_f[None, :]
+    grad_sums_ptr += tl.program_id(0).to(tl.int64) * (BF * BF + BF)
+    tl.store(grad_sums_ptr + places, key_value_g * _one_head(o_f, HEAD))
+    tl.store(grad_sums_ptr + BF * BF + o_f, key_g)
     parts_ptr += tl.program_id(0).to(tl.int64) * COLUMNS + 3 * F * F + F
     store_gradients(parts_ptr, query_gw, query_gb, 2 * F * F, o_f, F)
     store_gradients(parts_ptr + 3 * F * F + 3 * F, attention_gw, attention_gb, F * F, o_f, F)
@@ -341,9 +373,8 @@ def _attention_output_backward_kernel(
 
 @kernel
 def _attention_key_value_backward_kernel(
-    mask_ptr, o_ptr, stats_ptr, source_ptr, grad_sums_ptr, key_weight_ptr, key_bias_ptr, value_weight_ptr, value_bias_ptr,
-    query_gh_ptr, gh_ptr, grad_source_ptr, norm_sums_ptr, parts_ptr, F, T, P, STEPS, COLUMNS, HEAD: tl.constexpr,
-    BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    mask_ptr, o_ptr, stats_ptr, source_ptr, grad_sums_ptr, packed_ptr, key_bias_ptr, value_bias_ptr,
+    query_gh_ptr, gh_ptr, grad_source_ptr, norm_sums_ptr, parts_ptr, T, P, STEPS, COLUMNS, HEAD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """From K and U to h and the source: gh, the gradient of the source, parts of the sums that the norm needs."""
     T = T * UNIT
@@ -353,11 +384,9 @@ def _attention_key_value_backward_kernel(
     dtype = o_ptr.dtype.element_ty
     stats_ptr += i_n * (2 * F + 1)
     mean, rstd = load_vector(stats_ptr, o_f, F), load_vector(stats_ptr + F, o_f, F)
-    count = tl.load(stats_ptr + 2 * F)
-    grad_sums_ptr += i_n * (F * HEAD + F)
+    grad_sums_ptr += i_n * (BF * BF + BF)
     key_bias, value_bias = load_vector(key_bias_ptr, o_f, F), load_vector(value_bias_ptr, o_f, F)
-    same, offsets = _head_offsets(o_f, F, HEAD)
-    key_g = load_vector(grad_sums_ptr + F * HEAD, o_f, F) / count
+    key_g = tl.load(grad_sums_ptr + BF * BF + o_f)
     key_gw, value_gw = tl.zeros([BF, BF], tl.float32), tl.zeros([BF, BF], tl.float32)
     key_gb, value_gb = tl.zeros([BF], tl.float32), tl.zeros([BF], tl.float32)
     sum_g, sum_gh = tl.zeros([BF], tl.float32), tl.zeros([BF], tl.float32)
@@ -369,30 +398,29 @@ def _attention_key_value_backward_kernel(
         if source_ptr is not None:
             source = load_frames(source_ptr + plane, o_f, t, F, T)
         real = load_real(mask_ptr + i_n * T, t, T)
-        weight = load_matrix(key_weight_ptr, o_f, o_f, F, F, 1, dtype)
+        weight = _load_packed(packed_ptr, KEY, BF)
         key = _sigmoid_product(weight, h, key_bias, PRECISION).to(dtype)
         key = tl.where(real[None, :], key.to(tl.float32), 0.0)
-        weight = load_matrix(value_weight_ptr, o_f, o_f, F, F, 1, dtype)
+        weight = _load_packed(packed_ptr, VALUE, BF)
         value = (tl.dot(weight, source, input_precision=PRECISION) + value_bias[:, None]).to(dtype)
-        key_value_g = tl.load(grad_sums_ptr + offsets, mask=same, other=0.0) / count
-        g = tl.dot(key_value_g, key, input_precision=WIDE)
+        g = tl.dot(_load_packed(grad_sums_ptr, 0, BF), key, input_precision=WIDE)
         value_gb += tl.sum(g, 1)
         g = g.to(dtype)
         value_gw = tl.dot(g, tl.trans(source), value_gw, input_precision=PRECISION)
-        weight = load_matrix(value_weight_ptr, o_f, o_f, F, 1, F, dtype)
+        weight = _load_packed(packed_ptr, TRANSPOSED + VALUE, BF)
         gh = load_frames(query_gh_ptr + plane, o_f, t, F, T).to(tl.float32)
         if source_ptr is not None:
             g = tl.dot(weight, g, input_precision=PRECISION)
             store_frames(grad_source_ptr + plane, g, o_f, t, F, T)
         else:
             gh = tl.dot(weight, g, gh, input_precision=PRECISION)
-        transposed = tl.trans(tl.load(grad_sums_ptr + offsets, mask=same, other=0.0)) / count
+        transposed = _load_packed_transposed(grad_sums_ptr, 0, BF)
         g = tl.dot(transposed, value.to(tl.float32), input_precision=WIDE) + key_g[:, None]
         g = g * key * (1.0 - key)  # 0 where the key is: on padded frames
         key_gb += tl.sum(g, 1)
         g = g.to(dtype)
         key_gw = tl.dot(g, tl.trans(h), key_gw, input_precision=PRECISION)
-        weight = load_matrix(key_weight_ptr, o_f, o_f, F, 1, F, dtype)
+        weight = _load_packed(packed_ptr, TRANSPOSED + KEY, BF)
         gh = tl.dot(weight, g, gh, input_precision=PRECISION)
         store_frames(gh_ptr + plane, gh, o_f, t, F, T)
         sum_g += tl.sum(gh, 1)
@@ -443,39 +471,42 @@ def _forward(
     scale: float,
     attention_dropout: float,
     output_dropout: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, f, t = x.shape
     out, o = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
     stats = x.new_empty(n, 2 * f + 1, dtype=torch.float32)
-    head = f // heads
+    head, width = f // heads, power_of_two(f, 16)
+    packed, one_head = x.new_empty(10, width, width), stats.new_empty(width, width)
     if not launchable(x) or not x.numel():
-        return out, o, stats, x.new_zeros(n, f * head + f, dtype=torch.float32)
+        return out, o, stats, stats.new_empty(n, width * width + width), packed, one_head
+    launch(
+        _attention_pack_kernel, (5,), query_key_weight.contiguous(), value_weight.contiguous(),
+        attention_weight.contiguous(), output_weight.contiguous(), packed, one_head, HEAD=head, F=f, BF=width,
+    )  # fmt: skip
     x, mask, source = rows(x), rows(mask), None if source is None else rows(source)
     constants = tile_constants(x, _frames(x))
     length = t // constants["UNIT"]
     per_sequence, steps = split(x, constants["BT"])
-    programs, division = (n * per_sequence,), (f, length, per_sequence, steps)
+    programs, division = (n * per_sequence,), (length, per_sequence, steps)
     parts = x.new_empty(n, per_sequence, 2 * f + 1, dtype=torch.float32)
     d, stride = dilation_arguments(dilation)
     launch(
         _attention_conv_kernel, programs, x, mask, conv_weight.contiguous(), conv_bias, o, parts, d, *division, **stride,
         **constants,
     )  # fmt: skip
-    query_weight, key_weight = query_key_weight.contiguous().chunk(2)
     query_bias, key_bias = query_key_bias.chunk(2)
-    sums = x.new_empty(n, per_sequence, f * head + f, dtype=torch.float32)
+    sums = stats.new_empty(n, per_sequence, width * width + width)
     launch(
-        _attention_key_value_kernel, programs, o, mask, source, key_weight, key_bias, value_weight.contiguous(),
-        value_bias, parts, stats, sums, NORM_EPS, *division, HEAD=head, **constants,
+        _attention_key_value_kernel, programs, o, mask, source, packed, key_bias, value_bias, parts, stats, sums, NORM_EPS, *division, HEAD=head, **constants,
     )  # fmt: skip
     sums = sums.sum(1)
     dropout_seeds, numbers = _dropouts(seeds, attention_dropout, output_dropout)
     launch(
-        _attention_output_kernel, programs, x, mask, o, stats, sums, query_weight, query_bias,
-        attention_weight.contiguous(), attention_bias, output_weight.contiguous(), output_bias, *dropout_seeds, out,
+        _attention_output_kernel, programs, x, mask, o, stats, sums, packed, one_head, query_bias,
+        attention_bias, output_bias, *dropout_seeds, out, ATTENTION_EPS,
         scale, *numbers, *division, HEAD=head, WIDE=wide_precision(x), **constants,
     )  # fmt: skip
-    return out, o, stats, sums
+    return out, o, stats, sums, packed, one_head
 
 
 def _backward(
@@ -502,6 +533,8 @@ def _backward(
     o: Tensor,
     stats: Tensor,
     sums: Tensor,
+    packed: Tensor,
+    one_head: Tensor,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, f, t = x.shape
@@ -513,26 +546,25 @@ def _backward(
     x, mask, grad = rows(x), rows(mask), rows(grad)
     source = None if source is None else rows(source)
     constants = tile_constants(x, 32)
-    length, head = t // constants["UNIT"], f // heads
+    length, head, width = t // constants["UNIT"], f // heads, constants["BF"]
     per_sequence, steps = split(x, constants["BT"], PROGRAMS // 2)
-    programs, division = (n * per_sequence,), (f, length, per_sequence, steps, columns)
+    programs, division = (n * per_sequence,), (length, per_sequence, steps, columns)
     constants |= {"HEAD": head, "WIDE": wide_precision(x), "num_warps": 8}
     parts = x.new_empty(n * per_sequence, columns, dtype=torch.float32)
-    grad_sums = x.new_empty(n, per_sequence, f * head + f, dtype=torch.float32)
+    grad_sums = stats.new_empty(n, per_sequence, width * width + width)
     gr, query_gh, gh = (torch.empty_like(x) for _ in range(3))
-    query_weight, key_weight = query_key_weight.contiguous().chunk(2)
     query_bias, key_bias = query_key_bias.chunk(2)
     dropout_seeds, numbers = _dropouts(seeds, attention_dropout, output_dropout)
     launch(
-        _attention_output_backward_kernel, programs, grad, mask, o, stats, sums, query_weight, query_bias,
-        attention_weight.contiguous(), attention_bias, output_weight.contiguous(), *dropout_seeds, gr, query_gh,
-        grad_sums, parts, scale, *numbers, *division, **constants,
+        _attention_output_backward_kernel, programs, grad, mask, o, stats, sums, packed, one_head, query_bias,
+        attention_bias, *dropout_seeds, gr, query_gh,
+        grad_sums, parts, ATTENTION_EPS, scale, *numbers, *division, **constants,
     )  # fmt: skip
     grad_sums = grad_sums.sum(1)
     norm_sums = x.new_empty(n, per_sequence, 2 * f, dtype=torch.float32)
     launch(
-        _attention_key_value_backward_kernel, programs, mask, o, stats, source, grad_sums, key_weight, key_bias,
-        value_weight.contiguous(), value_bias, query_gh, gh, grad_source, norm_sums, parts, *division, **constants,
+        _attention_key_value_backward_kernel, programs, mask, o, stats, source, grad_sums, packed, key_bias, value_bias,
+        query_gh, gh, grad_source, norm_sums, parts, *division, **constants,
     )  # fmt: skip
     launch_dilated_conv_backward(
         grad, mask, x, conv_weight.contiguous(), dilation, gr, (gh, o, stats, norm_sums), grad_x, parts,
@@ -557,8 +589,8 @@ OPERATOR = Operator(
         _forward,
         _backward,
         differentiable=(0, 2, *range(3, 13)),
-        saved=(1, 2, 3),
-        kept=3,
+        saved=(1, 2, 3, 4, 5),
+        kept=5,
         unpack=_unpack,
         narrowed=(0, 2),
         unsupported=_unsupported,

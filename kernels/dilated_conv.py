@@ -76,8 +76,7 @@ def _sum_of_parts(sums_ptr, o_f, F, P, row):
 
 @kernel
 def _dilated_conv_backward_kernel(
-    grad_ptr, mask_ptr, x_ptr, weight_ptr, gr_ptr, gh_ptr, o_ptr, stats_ptr, sums_ptr, grad_x_ptr, parts_ptr, d, F, T, P,
-    STEPS, COLUMNS, BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr,
+    grad_ptr, mask_ptr, x_ptr, weight_ptr, gr_ptr, gh_ptr, o_ptr, stats_ptr, sums_ptr, grad_x_ptr, parts_ptr, d, T, P, STEPS, COLUMNS, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the output reaches x directly where the frame is real, and through the convolution."""
     T, d = T * UNIT, d * STRIDE
@@ -160,6 +159,6 @@ def launch_dilated_conv_backward(
     d, dilation = dilation_arguments(d)
     launch(
         _dilated_conv_backward_kernel, (n * per_sequence,), grad, mask, x, weight, gr,
-        *(norm or (None, None, None, None)), grad_x, parts, d, f, t // constants["UNIT"], per_sequence, steps,
+        *(norm or (None, None, None, None)), grad_x, parts, d, t // constants["UNIT"], per_sequence, steps,
         parts.shape[1], num_warps=8, **constants, **dilation,
     )  # fmt: skip
