@@ -16,15 +16,39 @@ Source: arXiv 2503.15126 (linear attention with sigmoid feature map); restrictio
 
 from __future__ import annotations
 
-from typing import Optional
+from collections.abc import Sequence
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor
 
-from .dropout import check_probability, dropout
-from .operator import Operator, check_mask, check_shapes
+from .dilated_conv import (
+    dilated_conv,
+    dilation_arguments,
+    launch_dilated_conv_backward,
+    load_dilated_weights,
+)
+from .dropout import check_probability, dropout, dropout_arguments, dropout_rows, dropped
+from .frame_statistics import of_sequence, store_sequence_part, with_tile
+from .frame_tiles import (
+    PROGRAMS,
+    load_frames,
+    load_real,
+    load_vector,
+    needs_split_products,
+    sequence_and_part,
+    split,
+    split_gradients,
+    store_frames,
+    store_gradients,
+    tile_constants,
+    unsupported_frames,
+    wide_precision,
+)
+from .launch import device_function, kernel, launch, launchable, power_of_two, rows, tl
+from .operator import Fused, Operator, check_mask, check_shapes
 from .pointwise import pointwise
 from .precision import widened, without_autocast
 
@@ -90,7 +114,488 @@ def _flops(x: Tensor, mask: Tensor, source: Optional[Tensor], *rest: object) -> 
     return n * t * products, 2 * n * t * products
 
 
+@device_function
+def _normalised(o, mean, rstd):
+    return (o.to(tl.float32) - mean[:, None]) * rstd[:, None]
+
+
+@device_function
+def _sigmoid_product(weight, h, bias, PRECISION: tl.constexpr):
+    return tl.sigmoid(tl.dot(weight, h, input_precision=PRECISION) + bias[:, None])
+
+
+QUERY, KEY, VALUE, ATTENTION, OUTPUT = (tl.constexpr(i) for i in range(5))
+"""Places of the square weights among the packed ones."""
+TRANSPOSED = tl.constexpr(5)
+"""Added to them, those of the transposed weights."""
+
+
+@kernel
+def _attention_pack_kernel(
+    query_key_ptr, value_ptr, attention_ptr, output_ptr, packed_ptr, one_head_ptr, HEAD: tl.constexpr, F: tl.constexpr,
+    BF: tl.constexpr,
+):  # fmt: skip
+    """The square weights and the transposed ones in the dtype of the products, zero beyond the last feature.
+
+    Loaded as they are, without masks and conversions, they go straight to shared memory. Of one_head see below.
+    """
+    i, o_f = tl.program_id(0), tl.arange(0, BF)
+    inside = (o_f < F)[:, None] & (o_f < F)[None, :]
+    places = o_f[:, None] * F + o_f[None, :]
+    if i < VALUE:
+        weight = tl.load(query_key_ptr + i * F * F + places, mask=inside, other=0.0)
+    elif i == VALUE:
+        weight = tl.load(value_ptr + places, mask=inside, other=0.0)
+    elif i == ATTENTION:
+        weight = tl.load(attention_ptr + places, mask=inside, other=0.0)
+    else:
+        weight = tl.load(output_ptr + places, mask=inside, other=0.0)
+    weight = weight.to(packed_ptr.dtype.element_ty)
+    packed_ptr += i * (BF * BF)
+    tl.store(packed_ptr + (o_f[:, None] * BF + o_f[None, :]), weight)
+    tl.store(packed_ptr + TRANSPOSED * (BF * BF) + (o_f[None, :] * BF + o_f[:, None]), weight)
+    if i == 0:
+        tl.store(one_head_ptr + (o_f[:, None] * BF + o_f[None, :]), _one_head(o_f, HEAD))
+
+
+@device_function
+def _load_packed(packed_ptr, i: tl.constexpr, BF: tl.constexpr):
+    """One of the packed weights [BF, BF]."""
+    o_f = tl.arange(0, BF)
+    return tl.load(packed_ptr + (i * (BF * BF) + o_f[:, None] * BF + o_f[None, :]))
+
+
+@device_function
+def _load_packed_transposed(packed_ptr, i: tl.constexpr, BF: tl.constexpr):
+    o_f = tl.arange(0, BF)
+    return tl.load(packed_ptr + (i * (BF * BF) + o_f[None, :] * BF + o_f[:, None]))
+
+
+@device_function
+def _one_head(o_f, HEAD: tl.constexpr):
+    """1 where two features share a head [BF, BF]. Those beyond the last make up heads of their own: no sum is 0."""
+    return ((o_f // HEAD)[:, None] == (o_f // HEAD)[None, :]).to(tl.float32)
+
+
+@kernel
+def _attention_conv_kernel(
+    x_ptr, mask_ptr, weight_ptr, bias_ptr, o_ptr, parts_ptr, d, T, P, STEPS, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr,
+    UNIT: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """o, and the parts of its statistics."""
+    T, d = T * UNIT, d * STRIDE
+    i_n, i_p = sequence_and_part(P)
+    o_f, o_t = tl.arange(0, BF), tl.arange(0, BT)
+    plane = i_n * F * T
+    dtype = x_ptr.dtype.element_ty
+    weight0, weight1, weight2 = load_dilated_weights(weight_ptr, o_f, F, dtype)
+    bias = load_vector(bias_ptr, o_f, F)
+    count, mean, squares = 0.0, tl.zeros([BF], tl.float32), tl.zeros([BF], tl.float32)
+    for i in range(0, STEPS):
+        t = (i_p * STEPS + i) * BT + o_t
+        y = dilated_conv(x_ptr + plane, weight0, weight1, weight2, bias, o_f, t, d, F, T, PRECISION)
+        o = tl.where(y <= 0.0, 0.0, y).to(dtype)  # a NaN stays one, as in torch.relu
+        store_frames(o_ptr + plane, o, o_f, t, F, T)
+        real = load_real(mask_ptr + i_n * T, t, T)
+        count, mean, squares = with_tile(count, mean, squares, o.to(tl.float32), real)
+    store_sequence_part(parts_ptr + tl.program_id(0).to(tl.int64) * (2 * F + 1), count, mean, squares, o_f, F)
+
+
+@kernel
+def _attention_key_value_kernel(
+    o_ptr, mask_ptr, source_ptr, packed_ptr, key_bias_ptr, value_bias_ptr, parts_ptr, stats_ptr,
+    sums_ptr, eps, T, P, STEPS, HEAD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Statistics of o (mean, 1 / deviation, number of frames), and parts of the sums over time of U K^T and K."""
+    T = T * UNIT
+    i_n, i_p = sequence_and_part(P)
+    o_f, o_t = tl.arange(0, BF), tl.arange(0, BT)
+    plane = i_n * F * T
+    dtype = o_ptr.dtype.element_ty
+    count, mean, var = of_sequence(parts_ptr + i_n * P * (2 * F + 1), o_f, F, P)
+    rstd = 1.0 / tl.sqrt(var + tl.cast(eps, tl.float32))
+    if i_p == 0:
+        stats_ptr += i_n * (2 * F + 1)
+        tl.store(stats_ptr + o_f, mean, mask=o_f < F)
+        tl.store(stats_ptr + F + o_f, rstd, mask=o_f < F)
+        tl.store(stats_ptr + 2 * F, count)
+    key_bias, value_bias = load_vector(key_bias_ptr, o_f, F), load_vector(value_bias_ptr, o_f, F)
+    key_value, keys = tl.zeros([BF, BF], tl.float32), tl.zeros([BF], tl.float32)
+    for i in range(0, STEPS):
+        t = (i_p * STEPS + i) * BT + o_t
+        h = _normalised(load_frames(o_ptr + plane, o_f, t, F, T), mean, rstd).to(dtype)
+        key = _sigmoid_product(_load_packed(packed_ptr, KEY, BF), h, key_bias, PRECISION)
+        key = tl.where(load_real(mask_ptr + i_n * T, t, T)[None, :], key, 0.0).to(dtype)
+        if source_ptr is not None:
+            h = load_frames(source_ptr + plane, o_f, t, F, T)
+        value = (
+            tl.dot(_load_packed(packed_ptr, VALUE, BF), h, input_precision=PRECISION) + value_bias[:, None]
+        ).to(dtype)
+        key_value = tl.dot(value, tl.trans(key), key_value, input_precision=PRECISION)
+        keys += tl.sum(key.to(tl.float32), 1)
+    sums_ptr += tl.program_id(0).to(tl.int64) * (BF * BF + BF)
+    places = o_f[:, None] * BF + o_f[None, :]
+    tl.store(sums_ptr + places, key_value * _one_head(o_f, HEAD))
+    tl.store(sums_ptr + BF * BF + o_f, keys)
+
+
+@kernel
+def _attention_output_kernel(
+    x_ptr, mask_ptr, o_ptr, stats_ptr, sums_ptr, packed_ptr, one_head_ptr, query_bias_ptr,
+    attention_bias_ptr, output_bias_ptr, attention_seed_ptr, output_seed_ptr, out_ptr, attention_eps, scale,
+    attention_threshold, attention_scale, output_threshold, output_scale, T, P, STEPS, HEAD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    T = T * UNIT
+    i_n, i_p = sequence_and_part(P)
+    o_f, o_t = tl.arange(0, BF), tl.arange(0, BT)
+    plane = i_n * F * T
+    dtype = o_ptr.dtype.element_ty
+    stats_ptr += i_n * (2 * F + 1)
+    mean, rstd = load_vector(stats_ptr, o_f, F), load_vector(stats_ptr + F, o_f, F)
+    sums_ptr += i_n * (BF * BF + BF)
+    keys = tl.load(sums_ptr + BF * BF + o_f) + tl.cast(attention_eps, tl.float32)
+    query_bias, attention_bias = load_vector(query_bias_ptr, o_f, F), load_vector(attention_bias_ptr, o_f, F)
+    output_bias = load_vector(output_bias_ptr, o_f, F)
+    if attention_seed_ptr is not None:
+        attention_rows = dropout_rows(attention_seed_ptr, i_n * F + o_f)
+    if output_seed_ptr is not None:
+        output_rows = dropout_rows(output_seed_ptr, i_n * F + o_f)
+    for i in range(0, STEPS):
+        t = (i_p * STEPS + i) * BT + o_t
+        o = load_frames(o_ptr + plane, o_f, t, F, T)
+        h = _normalised(o, mean, rstd).to(dtype)
+        query = (
+            _sigmoid_product(_load_packed(packed_ptr, QUERY, BF), h, query_bias, PRECISION)
+            .to(dtype)
+            .to(tl.float32)
+        )
+        normaliser = tl.dot(_load_packed(one_head_ptr, 0, BF), keys[:, None] * query, input_precision=WIDE)
+        attended = tl.dot(_load_packed(sums_ptr, 0, BF), query, input_precision=WIDE)
+        attended = (attended / normaliser).to(dtype)
+        y = (
+            tl.dot(_load_packed(packed_ptr, ATTENTION, BF), attended, input_precision=PRECISION)
+            + attention_bias[:, None]
+        )
+        if attention_seed_ptr is not None:
+            y = dropped(y, attention_rows, t, attention_threshold, attention_scale)
+        y = (tl.cast(scale, tl.float32) * y + o.to(tl.float32)).to(dtype)
+        y = tl.dot(_load_packed(packed_ptr, OUTPUT, BF), y, input_precision=PRECISION) + output_bias[:, None]
+        if output_seed_ptr is not None:
+            y = dropped(y, output_rows, t, output_threshold, output_scale)
+        y += load_frames(x_ptr + plane, o_f, t, F, T).to(tl.float32)
+        real = load_real(mask_ptr + i_n * T, t, T)
+        store_frames(out_ptr + plane, tl.where(real[None, :], y, 0.0), o_f, t, F, T)
+
+
+@kernel
+def _attention_output_backward_kernel(
+    grad_ptr, mask_ptr, o_ptr, stats_ptr, sums_ptr, packed_ptr, one_head_ptr, query_bias_ptr,
+    attention_bias_ptr, attention_seed_ptr, output_seed_ptr, gr_ptr, gh_ptr, grad_sums_ptr, parts_ptr,
+    attention_eps, scale, attention_threshold, attention_scale, output_threshold, output_scale, T, P, STEPS, COLUMNS,
+    HEAD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """From the output to r and Q: gr, the part of gh that comes from Q, parts of the sums that gK and gU are made of."""
+    T = T * UNIT
+    i_n, i_p = sequence_and_part(P)
+    o_f, o_t = tl.arange(0, BF), tl.arange(0, BT)
+    plane = i_n * F * T
+    dtype = o_ptr.dtype.element_ty
+    stats_ptr += i_n * (2 * F + 1)
+    mean, rstd = load_vector(stats_ptr, o_f, F), load_vector(stats_ptr + F, o_f, F)
+    sums_ptr += i_n * (BF * BF + BF)
+    keys = tl.load(sums_ptr + BF * BF + o_f) + tl.cast(attention_eps, tl.float32)
+    query_bias, attention_bias = load_vector(query_bias_ptr, o_f, F), load_vector(attention_bias_ptr, o_f, F)
+    scale = tl.cast(scale, tl.float32)
+    if attention_seed_ptr is not None:
+        attention_rows = dropout_rows(attention_seed_ptr, i_n * F + o_f)
+    if output_seed_ptr is not None:
+        output_rows = dropout_rows(output_seed_ptr, i_n * F + o_f)
+    output_gw, attention_gw = tl.zeros([BF, BF], tl.float32), tl.zeros([BF, BF], tl.float32)
+    query_gw, key_value_g = tl.zeros([BF, BF], tl.float32), tl.zeros([BF, BF], tl.float32)
+    output_gb, attention_gb = tl.zeros([BF], tl.float32), tl.zeros([BF], tl.float32)
+    query_gb, key_g = tl.zeros([BF], tl.float32), tl.zeros([BF], tl.float32)
+    for i in range(0, STEPS):
+        t = (i_p * STEPS + i) * BT + o_t
+        # Forward again, up to r.
+        o = load_frames(o_ptr + plane, o_f, t, F, T)
+        h = _normalised(o, mean, rstd).to(dtype)
+        weight = _load_packed(packed_ptr, QUERY, BF)
+        query = _sigmoid_product(weight, h, query_bias, PRECISION).to(dtype).to(tl.float32)
+        normaliser = tl.dot(_load_packed(one_head_ptr, 0, BF), keys[:, None] * query, input_precision=WIDE)
+        attended = tl.dot(_load_packed(sums_ptr, 0, BF), query, input_precision=WIDE) / normaliser
+        weight = _load_packed(packed_ptr, ATTENTION, BF)
+        y = tl.dot(weight, attended.to(dtype), input_precision=PRECISION) + attention_bias[:, None]
+        if attention_seed_ptr is not None:
+            y = dropped(y, attention_rows, t, attention_threshold, attention_scale)
+        r = (scale * y + o.to(tl.float32)).to(dtype)
+        # Back through the output product to r.
+        real = load_real(mask_ptr + i_n * T, t, T)
+        g = tl.where(real[None, :], load_frames(grad_ptr + plane, o_f, t, F, T).to(tl.float32), 0.0)
+        if output_seed_ptr is not None:
+            g = dropped(g, output_rows, t, output_threshold, output_scale)
+        output_gb += tl.sum(g, 1)
+        g = g.to(dtype)
+        output_gw = tl.dot(g, tl.trans(r), output_gw, input_precision=PRECISION)
+        weight = _load_packed(packed_ptr, TRANSPOSED + OUTPUT, BF)
+        g = tl.dot(weight, g, input_precision=PRECISION)
+        store_frames(gr_ptr + plane, g, o_f, t, F, T)
+        # Back through the projection behind the attention.
+        g = scale * g
+        if attention_seed_ptr is not None:
+            g = dropped(g, attention_rows, t, attention_threshold, attention_scale)
+        attention_gb += tl.sum(g, 1)
+        g = g.to(dtype)
+        attention_gw = tl.dot(g, tl.trans(attended.to(dtype)), attention_gw, input_precision=PRECISION)
+        weight = _load_packed(packed_ptr, TRANSPOSED + ATTENTION, BF)
+        u = tl.dot(weight, g, input_precision=PRECISION) / normaliser
+        # Back through numerator and normaliser.
+        share = tl.dot(_load_packed(one_head_ptr, 0, BF), u * attended, input_precision=WIDE)
+        key_value_g = tl.dot(u, tl.trans(query), key_value_g, input_precision=WIDE)
+        key_g -= tl.sum(query * share, 1)
+        g = tl.dot(_load_packed_transposed(sums_ptr, 0, BF), u, input_precision=WIDE) - keys[:, None] * share
+        g = g * query * (1.0 - query)
+        query_gb += tl.sum(g, 1)
+        g = g.to(dtype)
+        query_gw = tl.dot(g, tl.trans(h), query_gw, input_precision=PRECISION)
+        weight = _load_packed(packed_ptr, TRANSPOSED + QUERY, BF)
+        store_frames(gh_ptr + plane, tl.dot(weight, g, input_precision=PRECISION), o_f, t, F, T)
+    places = o_f[:, None] * BF + o_f[None, :]
+    grad_sums_ptr += tl.program_id(0).to(tl.int64) * (BF * BF + BF)
+    tl.store(grad_sums_ptr + places, key_value_g * _one_head(o_f, HEAD))
+    tl.store(grad_sums_ptr + BF * BF + o_f, key_g)
+    parts_ptr += tl.program_id(0).to(tl.int64) * COLUMNS + 3 * F * F + F
+    store_gradients(parts_ptr, query_gw, query_gb, 2 * F * F, o_f, F)
+    store_gradients(parts_ptr + 3 * F * F + 3 * F, attention_gw, attention_gb, F * F, o_f, F)
+    store_gradients(parts_ptr + 4 * F * F + 4 * F, output_gw, output_gb, F * F, o_f, F)
+
+
+@kernel
+def _attention_key_value_backward_kernel(
+    mask_ptr, o_ptr, stats_ptr, source_ptr, grad_sums_ptr, packed_ptr, key_bias_ptr, value_bias_ptr,
+    query_gh_ptr, gh_ptr, grad_source_ptr, norm_sums_ptr, parts_ptr, T, P, STEPS, COLUMNS, HEAD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """From K and U to h and the source: gh, the gradient of the source, parts of the sums that the norm needs."""
+    T = T * UNIT
+    i_n, i_p = sequence_and_part(P)
+    o_f, o_t = tl.arange(0, BF), tl.arange(0, BT)
+    plane = i_n * F * T
+    dtype = o_ptr.dtype.element_ty
+    stats_ptr += i_n * (2 * F + 1)
+    mean, rstd = load_vector(stats_ptr, o_f, F), load_vector(stats_ptr + F, o_f, F)
+    grad_sums_ptr += i_n * (BF * BF + BF)
+    key_bias, value_bias = load_vector(key_bias_ptr, o_f, F), load_vector(value_bias_ptr, o_f, F)
+    key_g = tl.load(grad_sums_ptr + BF * BF + o_f)
+    key_gw, value_gw = tl.zeros([BF, BF], tl.float32), tl.zeros([BF, BF], tl.float32)
+    key_gb, value_gb = tl.zeros([BF], tl.float32), tl.zeros([BF], tl.float32)
+    sum_g, sum_gh = tl.zeros([BF], tl.float32), tl.zeros([BF], tl.float32)
+    for i in range(0, STEPS):
+        t = (i_p * STEPS + i) * BT + o_t
+        normalised = _normalised(load_frames(o_ptr + plane, o_f, t, F, T), mean, rstd)
+        h = normalised.to(dtype)
+        source = h
+        if source_ptr is not None:
+            source = load_frames(source_ptr + plane, o_f, t, F, T)
+        real = load_real(mask_ptr + i_n * T, t, T)
+        weight = _load_packed(packed_ptr, KEY, BF)
+        key = _sigmoid_product(weight, h, key_bias, PRECISION).to(dtype)
+        key = tl.where(real[None, :], key.to(tl.float32), 0.0)
+        weight = _load_packed(packed_ptr, VALUE, BF)
+        value = (tl.dot(weight, source, input_precision=PRECISION) + value_bias[:, None]).to(dtype)
+        g = tl.dot(_load_packed(grad_sums_ptr, 0, BF), key, input_precision=WIDE)
+        value_gb += tl.sum(g, 1)
+        g = g.to(dtype)
+        value_gw = tl.dot(g, tl.trans(source), value_gw, input_precision=PRECISION)
+        weight = _load_packed(packed_ptr, TRANSPOSED + VALUE, BF)
+        gh = load_frames(query_gh_ptr + plane, o_f, t, F, T).to(tl.float32)
+        if source_ptr is not None:
+            g = tl.dot(weight, g, input_precision=PRECISION)
+            store_frames(grad_source_ptr + plane, g, o_f, t, F, T)
+        else:
+            gh = tl.dot(weight, g, gh, input_precision=PRECISION)
+        transposed = _load_packed_transposed(grad_sums_ptr, 0, BF)
+        g = tl.dot(transposed, value.to(tl.float32), input_precision=WIDE) + key_g[:, None]
+        g = g * key * (1.0 - key)  # 0 where the key is: on padded frames
+        key_gb += tl.sum(g, 1)
+        g = g.to(dtype)
+        key_gw = tl.dot(g, tl.trans(h), key_gw, input_precision=PRECISION)
+        weight = _load_packed(packed_ptr, TRANSPOSED + KEY, BF)
+        gh = tl.dot(weight, g, gh, input_precision=PRECISION)
+        store_frames(gh_ptr + plane, gh, o_f, t, F, T)
+        sum_g += tl.sum(gh, 1)
+        sum_gh += tl.sum(gh * normalised, 1)
+    norm_sums_ptr += tl.program_id(0).to(tl.int64) * (2 * F)
+    tl.store(norm_sums_ptr + o_f, sum_g, mask=o_f < F)
+    tl.store(norm_sums_ptr + F + o_f, sum_gh, mask=o_f < F)
+    parts_ptr += tl.program_id(0).to(tl.int64) * COLUMNS + 3 * F * F + F
+    store_gradients(parts_ptr + F * F, key_gw, key_gb, F * F + F, o_f, F)
+    store_gradients(parts_ptr + 2 * F * F + 2 * F, value_gw, value_gb, F * F, o_f, F)
+
+
 OPERATOR = Operator(_attention_layer_reference, _flops)
+
+
+def _frames(x: Tensor) -> int:
+    """Frames of a tile."""
+    return 32 if needs_split_products(x) else 64
+
+
+def _dropouts(
+    seeds: Tensor | None, attention_dropout: float, output_dropout: float
+) -> tuple[tuple[Tensor | None, Tensor | None], tuple[int, float, int, float]]:
+    """The seeds of both dropouts, and their thresholds and scales."""
+    pair = (None, None) if seeds is None else (seeds[0], seeds[1])
+    attention_seed, *attention = dropout_arguments(attention_dropout, pair[0])
+    output_seed, *output = dropout_arguments(output_dropout, pair[1])
+    return (attention_seed, output_seed), (*attention, *output)
+
+
+def _forward(
+    x: Tensor,
+    mask: Tensor,
+    source: Optional[Tensor],
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    query_key_weight: Tensor,
+    query_key_bias: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    attention_weight: Tensor,
+    attention_bias: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    seeds: Optional[Tensor],
+    dilation: int,
+    heads: int,
+    scale: float,
+    attention_dropout: float,
+    output_dropout: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, f, t = x.shape
+    out, o = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+    stats = x.new_empty(n, 2 * f + 1, dtype=torch.float32)
+    head, width = f // heads, power_of_two(f, 16)
+    packed, one_head = x.new_empty(10, width, width), stats.new_empty(width, width)
+    if not launchable(x) or not x.numel():
+        return out, o, stats, stats.new_empty(n, width * width + width), packed, one_head
+    launch(
+        _attention_pack_kernel, (5,), query_key_weight.contiguous(), value_weight.contiguous(),
+        attention_weight.contiguous(), output_weight.contiguous(), packed, one_head, HEAD=head, F=f, BF=width,
+    )  # fmt: skip
+    x, mask, source = rows(x), rows(mask), None if source is None else rows(source)
+    constants = tile_constants(x, _frames(x))
+    length = t // constants["UNIT"]
+    per_sequence, steps = split(x, constants["BT"])
+    programs, division = (n * per_sequence,), (length, per_sequence, steps)
+    parts = x.new_empty(n, per_sequence, 2 * f + 1, dtype=torch.float32)
+    d, stride = dilation_arguments(dilation)
+    launch(
+        _attention_conv_kernel, programs, x, mask, conv_weight.contiguous(), conv_bias, o, parts, d, *division, **stride,
+        **constants,
+    )  # fmt: skip
+    query_bias, key_bias = query_key_bias.chunk(2)
+    sums = stats.new_empty(n, per_sequence, width * width + width)
+    launch(
+        _attention_key_value_kernel, programs, o, mask, source, packed, key_bias, value_bias, parts, stats, sums, NORM_EPS, *division, HEAD=head, **constants,
+    )  # fmt: skip
+    sums = sums.sum(1)
+    dropout_seeds, numbers = _dropouts(seeds, attention_dropout, output_dropout)
+    launch(
+        _attention_output_kernel, programs, x, mask, o, stats, sums, packed, one_head, query_bias,
+        attention_bias, output_bias, *dropout_seeds, out, ATTENTION_EPS,
+        scale, *numbers, *division, HEAD=head, WIDE=wide_precision(x), **constants,
+    )  # fmt: skip
+    return out, o, stats, sums, packed, one_head
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    mask: Tensor,
+    source: Optional[Tensor],
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    query_key_weight: Tensor,
+    query_key_bias: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    attention_weight: Tensor,
+    attention_bias: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    seeds: Optional[Tensor],
+    dilation: int,
+    heads: int,
+    scale: float,
+    attention_dropout: float,
+    output_dropout: float,
+    o: Tensor,
+    stats: Tensor,
+    sums: Tensor,
+    packed: Tensor,
+    one_head: Tensor,
+    needed: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, f, t = x.shape
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_source = None if source is None else torch.empty_like(grad_x)
+    columns = 8 * f * f + 6 * f
+    if not launchable(x) or not x.numel():
+        return grad_x, grad_source, x.new_zeros(columns, dtype=torch.float32)
+    x, mask, grad = rows(x), rows(mask), rows(grad)
+    source = None if source is None else rows(source)
+    constants = tile_constants(x, 32)
+    length, head, width = t // constants["UNIT"], f // heads, constants["BF"]
+    per_sequence, steps = split(x, constants["BT"], PROGRAMS // 2)
+    programs, division = (n * per_sequence,), (length, per_sequence, steps, columns)
+    constants |= {"HEAD": head, "WIDE": wide_precision(x), "num_warps": 8}
+    parts = x.new_empty(n * per_sequence, columns, dtype=torch.float32)
+    grad_sums = stats.new_empty(n, per_sequence, width * width + width)
+    gr, query_gh, gh = (torch.empty_like(x) for _ in range(3))
+    query_bias, key_bias = query_key_bias.chunk(2)
+    dropout_seeds, numbers = _dropouts(seeds, attention_dropout, output_dropout)
+    launch(
+        _attention_output_backward_kernel, programs, grad, mask, o, stats, sums, packed, one_head, query_bias,
+        attention_bias, *dropout_seeds, gr, query_gh,
+        grad_sums, parts, ATTENTION_EPS, scale, *numbers, *division, **constants,
+    )  # fmt: skip
+    grad_sums = grad_sums.sum(1)
+    norm_sums = x.new_empty(n, per_sequence, 2 * f, dtype=torch.float32)
+    launch(
+        _attention_key_value_backward_kernel, programs, mask, o, stats, source, grad_sums, packed, key_bias, value_bias,
+        query_gh, gh, grad_source, norm_sums, parts, *division, **constants,
+    )  # fmt: skip
+    launch_dilated_conv_backward(
+        grad, mask, x, conv_weight.contiguous(), dilation, gr, (gh, o, stats, norm_sums), grad_x, parts,
+        (per_sequence, steps), constants["BT"],
+    )  # fmt: skip
+    return grad_x, grad_source, parts.sum(0)
+
+
+def _unpack(computed: Sequence[Tensor], args: Sequence[Any]) -> tuple[Tensor | None, ...]:
+    grad_x, grad_source, flat = computed
+    return (grad_x, grad_source, *split_gradients(flat, args[3:13]))
+
+
+def _unsupported(x: Tensor, mask: Tensor, source: Optional[Tensor], *_: object) -> str | None:
+    return unsupported_frames(x)
+
+
+OPERATOR = Operator(
+    _attention_layer_reference,
+    _flops,
+    Fused(
+        _forward,
+        _backward,
+        differentiable=(0, 2, *range(3, 13)),
+        saved=(1, 2, 3, 4, 5),
+        kept=5,
+        unpack=_unpack,
+        narrowed=(0, 2),
+        unsupported=_unsupported,
+    ),
+)
 
 
 def attention_layer(

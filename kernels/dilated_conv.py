@@ -65,16 +65,18 @@ def _gradient(gr_ptr, gh_ptr, o_ptr, mask_ptr, mean, rstd, mean_g, mean_gh, o_f,
 @device_function
 def _sum_of_parts(sums_ptr, o_f, F, P, row):
     """Sum [BF] over the P parts of a sequence, ``row`` apart."""
-    total = tl.zeros_like(o_f).to(tl.float32)
-    for i in range(0, P):
-        total += load_vector(sums_ptr + i * row, o_f, F)
+    total, o_p = tl.zeros_like(o_f).to(tl.float32), tl.arange(0, 16)
+    for i in range(0, P, 16):
+        inside = (i + o_p < P)[:, None] & (o_f < F)[None, :]
+        total += tl.sum(
+            tl.load(sums_ptr + ((i + o_p)[:, None] * row + o_f[None, :]), mask=inside, other=0.0), 0
+        )
     return total
 
 
 @kernel
 def _dilated_conv_backward_kernel(
-    grad_ptr, mask_ptr, x_ptr, weight_ptr, gr_ptr, gh_ptr, o_ptr, stats_ptr, sums_ptr, grad_x_ptr, parts_ptr, d, F, T, P,
-    STEPS, COLUMNS, BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr,
+    grad_ptr, mask_ptr, x_ptr, weight_ptr, gr_ptr, gh_ptr, o_ptr, stats_ptr, sums_ptr, grad_x_ptr, parts_ptr, d, T, P, STEPS, COLUMNS, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the output reaches x directly where the frame is real, and through the convolution."""
     T, d = T * UNIT, d * STRIDE
@@ -157,6 +159,6 @@ def launch_dilated_conv_backward(
     d, dilation = dilation_arguments(d)
     launch(
         _dilated_conv_backward_kernel, (n * per_sequence,), grad, mask, x, weight, gr,
-        *(norm or (None, None, None, None)), grad_x, parts, d, f, t // constants["UNIT"], per_sequence, steps,
+        *(norm or (None, None, None, None)), grad_x, parts, d, t // constants["UNIT"], per_sequence, steps,
         parts.shape[1], num_warps=8, **constants, **dilation,
     )  # fmt: skip

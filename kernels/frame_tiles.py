@@ -43,7 +43,7 @@ def split(x: Tensor, frames: int, programs: int = PROGRAMS) -> tuple[int, int]:
 def tile_constants(x: Tensor, frames: int) -> dict[str, object]:
     """The constants of a launch on x (N, F, T) with tiles of ``frames`` frames."""
     return {
-        "BF": power_of_two(x.shape[1], 16), "BT": frames, "UNIT": unit(x.shape[2]), "PRECISION": dot_precision(x),
+        "F": x.shape[1], "BF": power_of_two(x.shape[1], 16), "BT": frames, "UNIT": unit(x.shape[2]), "PRECISION": dot_precision(x),
     }  # fmt: skip
 
 
