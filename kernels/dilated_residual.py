@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .dilated_conv import (
     dilated_conv,
+    dilated_conv_by_taps,
     dilation_arguments,
     launch_dilated_conv_backward,
     load_dilated_weights,
@@ -72,8 +73,9 @@ def _flops(x: Tensor, *_: object) -> tuple[int, int]:
 
 @kernel
 def _dilated_residual_forward_kernel(
-    x_ptr, mask_ptr, conv_weight_ptr, conv_bias_ptr, weight_ptr, bias_ptr, seed_ptr, out_ptr, threshold, scale, d, F, T,
-    P, STEPS, BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, mask_ptr, conv_weight_ptr, conv_bias_ptr, weight_ptr, bias_ptr, seed_ptr, out_ptr, threshold, scale, d, T, P,
+    STEPS, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr, STRIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     T, d = T * UNIT, d * STRIDE
     i_n, i_p = sequence_and_part(P)
@@ -100,42 +102,43 @@ def _dilated_residual_forward_kernel(
 @kernel
 def _dilated_residual_backward_kernel(
     grad_ptr, x_ptr, mask_ptr, conv_weight_ptr, conv_bias_ptr, weight_ptr, seed_ptr, gz_ptr, parts_ptr, threshold, scale,
-    d, F, T, P, STEPS, BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr, STRIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    d, T, P, STEPS, PASSES: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr,
+    STRIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """gz, and the last columns of the parts."""
+    """gz, and the last columns of the parts; in two PASSES, for operands that want much room, one after the other."""
     T, d = T * UNIT, d * STRIDE
     i_n, i_p = sequence_and_part(P)
     o_f, o_t = tl.arange(0, BF), tl.arange(0, BT)
     plane = i_n * F * T
     dtype = x_ptr.dtype.element_ty
-    weight0, weight1, weight2 = load_dilated_weights(conv_weight_ptr, o_f, F, dtype)
-    transposed = load_matrix(weight_ptr, o_f, o_f, F, 1, F, dtype)
     conv_bias = load_vector(conv_bias_ptr, o_f, F)
     if seed_ptr is not None:
         dropout_keys = dropout_rows(seed_ptr, i_n * F + o_f)
     gw, gb = tl.zeros([BF, BF], tl.float32), tl.zeros([BF], tl.float32)
-    for i in range(0, STEPS):
-        t = (i_p * STEPS + i) * BT + o_t
-        y = dilated_conv(x_ptr + plane, weight0, weight1, weight2, conv_bias, o_f, t, d, F, T, PRECISION)
-        hidden = tl.where(y <= 0.0, 0.0, y).to(dtype)
-        real = load_real(mask_ptr + i_n * T, t, T)
-        gc = tl.where(real[None, :], load_frames(grad_ptr + plane, o_f, t, F, T).to(tl.float32), 0.0)
-        if seed_ptr is not None:
-            gc = dropped(gc, dropout_keys, t, threshold, scale)
-        gb += tl.sum(gc, 1)
-        gc = gc.to(dtype)
-        gw = tl.dot(gc, tl.trans(hidden), gw, input_precision=PRECISION)
-        gz = tl.where(y > 0.0, tl.dot(transposed, gc, input_precision=PRECISION), 0.0)
-        store_frames(gz_ptr + plane, gz, o_f, t, F, T)
+    for PASS in tl.static_range(0, PASSES):
+        for i in range(0, STEPS):
+            t = (i_p * STEPS + i) * BT + o_t
+            y = dilated_conv_by_taps(x_ptr + plane, conv_weight_ptr, conv_bias, o_f, t, d, F, T, PRECISION)
+            real = load_real(mask_ptr + i_n * T, t, T)
+            gc = tl.where(real[None, :], load_frames(grad_ptr + plane, o_f, t, F, T).to(tl.float32), 0.0)
+            if seed_ptr is not None:
+                gc = dropped(gc, dropout_keys, t, threshold, scale)
+            if PASS == 0:
+                transposed = load_matrix(weight_ptr, o_f, o_f, F, 1, F, dtype)
+                gz = tl.dot(transposed, gc.to(dtype), input_precision=PRECISION)
+                store_frames(gz_ptr + plane, tl.where(y > 0.0, gz, 0.0), o_f, t, F, T)
+            if PASS == PASSES - 1:
+                hidden = tl.where(y <= 0.0, 0.0, y).to(dtype)
+                gw = tl.dot(gc.to(dtype), tl.trans(hidden), gw, input_precision=PRECISION)
+                gb += tl.sum(gc, 1)
     columns = 4 * F * F + 2 * F
     parts_ptr += tl.program_id(0).to(tl.int64) * columns + 3 * F * F + F
     store_gradients(parts_ptr, gw, gb, F * F, o_f, F)
 
 
-def _frames(x: Tensor) -> int:
-    """Frames of a tile."""
-    return 32 if needs_split_products(x) else 64
+# Tiles by what compiles without spills on every architecture (python -m bench.compiled). A wide product of float32 needs
+# the most room.
+_BACKWARD_FRAMES = 32
 
 
 def _forward(
@@ -153,14 +156,15 @@ def _forward(
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if launchable(x) and x.numel():
         x, mask = rows(x), rows(mask)
-        constants = tile_constants(x, _frames(x))
+        split_products = needs_split_products(x)
+        constants = tile_constants(x, 32 if split_products else 64)
         per_sequence, steps = split(x, constants["BT"])
         seed, *dropout_numbers = dropout_arguments(p, seed)
         d, stride = dilation_arguments(dilation)
         launch(
             _dilated_residual_forward_kernel, (n * per_sequence,), x, mask, conv_weight.contiguous(), conv_bias,
-            output_weight.contiguous(), output_bias, seed, out, *dropout_numbers, d, f, t // constants["UNIT"],
-            per_sequence, steps, **stride, **constants,
+            output_weight.contiguous(), output_bias, seed, out, *dropout_numbers, d, t // constants["UNIT"],
+            per_sequence, steps, num_warps=8 if split_products else 4, **stride, **constants,
         )  # fmt: skip
     return (out,)
 
@@ -185,18 +189,17 @@ def _backward(
     if not launchable(x) or not x.numel():
         return grad_x, x.new_zeros(columns, dtype=torch.float32)
     grad, x, mask, conv_weight = rows(grad), rows(x), rows(mask), conv_weight.contiguous()
-    frames = _frames(x)
-    constants, division = tile_constants(x, frames), split(x, frames)
+    constants, division = tile_constants(x, _BACKWARD_FRAMES), split(x, _BACKWARD_FRAMES)
     gz, parts = torch.empty_like(x), x.new_empty(n * division[0], columns, dtype=torch.float32)
     seed, *dropout_numbers = dropout_arguments(p, seed)
     d, stride = dilation_arguments(dilation)
     launch(
         _dilated_residual_backward_kernel, (n * division[0],), grad, x, mask, conv_weight, conv_bias,
-        output_weight.contiguous(), seed, gz, parts, *dropout_numbers, d, f, t // constants["UNIT"], *division, **stride,
-        **constants,
+        output_weight.contiguous(), seed, gz, parts, *dropout_numbers, d, t // constants["UNIT"], *division,
+        PASSES=2 if needs_split_products(x) else 1, num_warps=8, **stride, **constants,
     )  # fmt: skip
     launch_dilated_conv_backward(
-        grad, mask, x, conv_weight, dilation, gz, None, grad_x, parts, division, frames
+        grad, mask, x, conv_weight, dilation, gz, None, grad_x, parts, division, _BACKWARD_FRAMES
     )
     return grad_x, parts.sum(0)
 
