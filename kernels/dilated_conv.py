@@ -27,6 +27,7 @@ from .frame_tiles import (
     store_frames,
     store_matrix,
     tile_constants,
+    warps,
 )
 from .launch import device_function, kernel, launch, tl, unit
 
@@ -200,5 +201,5 @@ def launch_dilated_conv_backward(
     launch(
         _dilated_conv_backward_kernel, (n * per_sequence,), grad, mask, x, weight, gr,
         *(norm or (None, None, None, None)), grad_x, parts, d, t // constants["UNIT"], per_sequence, steps,
-        parts.shape[1], APART=needs_split_products(x), num_warps=8, **stride, **constants,
+        parts.shape[1], APART=needs_split_products(x), num_warps=warps(x), **stride, **constants,
     )  # fmt: skip

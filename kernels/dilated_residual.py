@@ -45,6 +45,7 @@ from .frame_tiles import (
     store_gradients,
     tile_constants,
     unsupported_frames,
+    warps,
 )
 from .launch import kernel, launch, launchable, rows, tl
 from .operator import Fused, Operator, check_mask, check_shapes
@@ -196,7 +197,7 @@ def _backward(
     launch(
         _dilated_residual_backward_kernel, (n * division[0],), grad, x, mask, conv_weight, conv_bias,
         output_weight.contiguous(), seed, gz, parts, *dropout_numbers, d, t // constants["UNIT"], *division,
-        PASSES=2 if needs_split_products(x) else 1, num_warps=8, **stride, **constants,
+        PASSES=2 if needs_split_products(x) else 1, num_warps=warps(x), **stride, **constants,
     )  # fmt: skip
     launch_dilated_conv_backward(
         grad, mask, x, conv_weight, dilation, gz, None, grad_x, parts, division, _BACKWARD_FRAMES

@@ -58,6 +58,11 @@ def needs_split_products(x: Tensor) -> bool:
     return x.dtype == torch.float32 and exact_float32() and target_of(x).backend == "cuda"
 
 
+def warps(x: Tensor) -> int:
+    """Warps that have 256 threads."""
+    return 4 if target_of(x).backend == "hip" else 8
+
+
 def unsupported_frames(x: Tensor, *_: object) -> str | None:
     """Why there are no kernels for x (N, F, T); None if there are."""
     _, f, t = x.shape
