@@ -42,6 +42,8 @@ KERNELS = {
         ),
         "combine_parts": SUMS,
     },
+    "segment_mean": dict.fromkeys(("segment_mean_forward", "segment_mean_backward"), SUMS),
+    "pairwise_distance": dict.fromkeys(("pairwise_distance_forward", "pairwise_distance_backward"), SUMS),
 }
 # Versions for a sweep of lengths: one for multiples of 16, one for others. One source may be two kernels: the backward
 # pass of the dynamic graph convolution starts it for values and for relations.

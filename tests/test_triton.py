@@ -403,6 +403,20 @@ def masked_batch_norm_backward(
     return w * rstd * centred * real, grad_weight, grad_bias, g
 
 
+def segment_mean_backward(grad, x, batch, start, length):
+    grad_x = torch.zeros_like(x)
+    for s, (n, first, frames) in enumerate(zip(batch, start, length)):
+        grad_x[n, :, first : first + frames] = grad[s].unsqueeze(1) / frames
+    return grad_x
+
+
+def pairwise_distance_backward(grad, f):
+    difference = f.unsqueeze(1) - f.unsqueeze(0)  # (S, S, D)
+    distance = difference.norm(dim=2)
+    weight = torch.where(distance == 0, 0, (grad + grad.T) / distance)
+    return torch.einsum("ij,ijd->id", weight, difference)
+
+
 @pytest.mark.parametrize(
     ("name", "given"),
     [*((name, False) for name in OPERATORS), ("masked_batch_norm", True)],
