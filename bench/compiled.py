@@ -58,6 +58,18 @@ ALLOWED_SPILLS = {("gfx942", "3.6"): 44, ("gfx942", "3.9"): 84}
 convolution there than that of 3.7, the release that torch comes with."""
 
 
+MADE_NARROW = {
+    "dynamic_graph_conv": (1,),
+    "masked_batch_norm": (0, 4),
+    "class_loss": (0,),
+    "boundary_loss": (0,),
+    "segment_mean": (0,),
+    "pairwise_distance": (0,),
+}
+"""Positions of the arguments that come in half precision, as an operation before made them so under autocast; beside
+those that autocast narrows for the operator itself, ``Fused.narrowed``."""
+
+
 @dataclass(frozen=True)
 class Code:
     """Facts of one compiled kernel."""
@@ -110,7 +122,11 @@ def launches(job: Job) -> list[Launch]:
     """What forward and backward of an operator launch on the job's architecture."""
     dtype, matmul = PRECISIONS[job.precision]
     args = make_case(job.operator, job.size).network_args
-    args = [_on_meta(a, dtype, job.size.t) if isinstance(a, Tensor) else a for a in args]
+    narrow = {*operator(job.operator).triton.narrowed, *MADE_NARROW.get(job.operator, ())}
+    args = [
+        a.detach().to("meta", dtype if i in narrow else a.dtype) if isinstance(a, Tensor) else a
+        for i, a in enumerate(args)
+    ]
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(matmul)
     try:
@@ -119,14 +135,6 @@ def launches(job: Job) -> list[Launch]:
     finally:
         torch.set_float32_matmul_precision(before)
     return list({launch.compilation: launch for launch in recorded}.values())
-
-
-def _on_meta(tensor: Tensor, dtype: torch.dtype, frames: int) -> Tensor:
-    # Parameters stay in float32, as under autocast: what has neither joints twice nor frames along its last axis.
-    wide = tensor.is_floating_point() and (
-        tensor.dim() == 4 or tensor.dim() == 3 and tensor.shape[2] == frames
-    )
-    return tensor.detach().to("meta", dtype if wide else tensor.dtype)
 
 
 def compile_job(job: Job) -> list[Code]:

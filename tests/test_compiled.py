@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,43 @@ from trgnet.kernels import operator_table
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parent.parent
-# Kernels that move no rows of frames: sums over what programs left.
-REDUCTIONS = ("combine_parts",)
-PRODUCTS = ("dynamic_graph_conv", "multiscale_graph_conv")
+OPERATORS = [name for name, backends in operator_table() if "triton" in backends]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a kernel does most."""
+
+    matrix: bool = False
+    """Whether it has products for the matrix units."""
+    rows: bool = False
+    """Whether it moves rows of frames, in 16-byte accesses where lengths are multiples of 16."""
+
+
+PRODUCT, ROWS, SUMS = Work(matrix=True, rows=True), Work(rows=True), Work()
+# Every operator's kernels, shared ones too.
+KERNELS = {
+    "multiscale_graph_conv": {"multiscale_graph_conv": PRODUCT, "combine_parts": SUMS},
+    "dynamic_graph_conv": {
+        **dict.fromkeys((f"dynamic_graph_conv_{part}" for part in ("forward", "backward", "graph")), PRODUCT),
+        "combine_parts": SUMS,
+    },
+    "masked_batch_norm": {
+        **dict.fromkeys(
+            (f"batch_norm_{part}" for part in ("statistics", "forward", "backward_sums", "backward")), ROWS
+        ),
+        "combine_parts": SUMS,
+    },
+    "segment_mean": dict.fromkeys(("segment_mean_forward", "segment_mean_backward"), SUMS),
+    "pairwise_distance": dict.fromkeys(("pairwise_distance_forward", "pairwise_distance_backward"), SUMS),
+}
+# Versions for a sweep of lengths: one for multiples of 16, one for others. One source may be two kernels: the backward
+# pass of the dynamic graph convolution starts it for values and for relations.
+VERSIONS = {"_dynamic_graph_conv_backward_kernel": 4}
+
+
+def work(code: dict) -> Work:
+    return KERNELS[code["operator"]][code["kernel"]]
 
 
 def output_of(*arguments: str) -> str:
@@ -45,27 +80,28 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 def test_every_kernel_compiles_everywhere_without_a_spill(published: list[dict]):
     combinations = {(code["precision"], code["arch"]) for code in published}
     assert len(combinations) == 16
-    kernels = {code["kernel"] for code in published}
-    assert {"multiscale_graph_conv", "dynamic_graph_conv_forward", "batch_norm_backward"} <= kernels
+    kernels = {(code["operator"], code["kernel"]) for code in published}
+    assert kernels == {(name, kernel) for name in OPERATORS for kernel in KERNELS[name]}
     for kernel in kernels:
-        assert {(c["precision"], c["arch"]) for c in published if c["kernel"] == kernel} == combinations
+        of_kernel = [c for c in published if (c["operator"], c["kernel"]) == kernel]
+        assert {(c["precision"], c["arch"]) for c in of_kernel} == combinations
     for code in published:
         assert code["spilled"] == 0 and code["float64"] == 0, code
         assert code["shared"] <= code["shared_limit"], code
-        assert code["shared"] > 0 or code["kernel"] == "batch_norm_backward", code
+        assert code["shared"] > 0 or not work(code).matrix, code
         assert 0 < code["registers"] <= 512, code
 
 
 def test_rows_of_frames_move_in_16_byte_accesses(published: list[dict]):
     """Most bytes; what remains are masks, biases and the scattered lanes of matrix fragments."""
     for code in published:
-        if code["kernel"] not in REDUCTIONS:
+        if work(code).rows:
             assert code["wide"] >= 0.45, code
 
 
 def test_products_run_on_the_matrix_units(published: list[dict]):
     for code in published:
-        assert (code["matrix"] > 0) == code["kernel"].startswith(PRODUCTS), code
+        assert (code["matrix"] > 0) == work(code).matrix, code
 
 
 @pytest.mark.parametrize(
@@ -88,7 +124,7 @@ def test_unaligned_lengths_spill_nothing_and_lose_the_wide_accesses(tmp_path: Pa
         return {
             (code["kernel"], code["precision"], code["arch"]): code["wide"]
             for code in codes
-            if code["operator"] == "masked_batch_norm" and code["kernel"] not in REDUCTIONS
+            if code["operator"] == "masked_batch_norm" and work(code).rows
         }
 
     unaligned = shares(
@@ -98,11 +134,9 @@ def test_unaligned_lengths_spill_nothing_and_lose_the_wide_accesses(tmp_path: Pa
     assert all(share < shares(published)[key] / 2 for key, share in unaligned.items())
 
 
-@pytest.mark.parametrize("name", [name for name, backends in operator_table() if "triton" in backends])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_fifty_lengths_compile_every_kernel_at_most_twice(name: str):
-    """Once for lengths that divide by 16, once for others. One source may be two kernels: the backward pass of the
-    dynamic graph convolution starts it for values and for relations."""
     versions = json.loads(output_of("tests/compilations.py", name))
     assert len(versions) >= 2
     for kernel, count in versions.items():
-        assert 1 <= count <= (4 if kernel == "_dynamic_graph_conv_backward_kernel" else 2), kernel
+        assert 1 <= count <= VERSIONS.get(kernel, 2), kernel

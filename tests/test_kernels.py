@@ -10,7 +10,7 @@ import operators as formulas
 import pytest
 import torch
 from allocations import LargestTensor
-from operators import arguments, converted, gradients
+from operators import arguments, as_tuple, converted, gradients, without_dropout
 from torch import Tensor
 from trgnet.kernels import BackendError, Operator, operator, operator_table, use_backend
 from trgnet.kernels.dynamic_graph_conv import BLOCK_ELEMENTS
@@ -20,24 +20,11 @@ from trgnet import kernels
 # The optimizer's operator works in place: tests/test_moment_update.py.
 OPERATORS = [name for name, _ in operator_table() if name != "moment_update"]
 SIZES = [(1, 1, 1), (1, 2, 3), (3, 15, 11), (2, 16, 5), (2, 17, 19), (3, 63, 4)]
-# With dropout the formula differs: the position of the probabilities in the arguments, to switch it off.
-DROPOUT = {"attention_layer": (-1, -2), "fusion_layer": (-1,), "dilated_residual": (-1,)}
-
-
-def as_tuple(outputs: object) -> tuple[Tensor, ...]:
-    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def pairs(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
     """Outputs beside each other, less statistics that a backend leaves to the norm, which are empty."""
     return [(o, e) for i, (o, e) in enumerate(zip(got, expected, strict=True)) if i == 0 or o.numel()]
-
-
-def without_dropout(name: str, args: tuple) -> tuple:
-    changed = list(args)
-    for position in DROPOUT.get(name, ()):
-        changed[position] = 0.0
-    return tuple(changed)
 
 
 def test_every_operator_has_a_formula_here():
@@ -308,8 +295,10 @@ def test_backend_argument_beats_block_beats_automatic():
     assert kernels.current_backend() == "auto"
 
 
-def test_forced_backend_never_falls_back():
-    # An operator without a kernel; those that have one: tests/test_triton.py.
+def test_forced_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch):
+    # Operators without a kernel; those that have one: tests/test_triton.py.
+    for name in ("fusion_layer", "segment_mean"):
+        monkeypatch.setattr(operator(name), "triton", None)
     args = arguments("fusion_layer")
     with use_backend("triton"), pytest.raises(BackendError, match="fusion_layer.*'triton' is forced"):
         operator("fusion_layer")(*args)
