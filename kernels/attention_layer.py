@@ -1,7 +1,7 @@
 """Temporal attention layer: dilated convolution, instance norm, linear attention, two residuals.
 
     o   = relu(conv1d(x; kernel 3, dilation d))                            local context
-    h   = (o - mean_t o) / sqrt(var_t o + 1e-5)                            over real frames, biased variance
+    h   = (o - mean_t o) / sqrt(var_t o + 1e-5)                            over real frames, biased variance; 0 elsewhere
     Q   = sigmoid(Wq h + bq),  K = sigmoid(Wk h + bk),  U = Wv s + bv      s = source (decoder) or h (encoder)
     att = dropout(Wo concat_heads[ (K U^T)^T Q / (Q . (sum_t K + 1e-6)) ] + bo)
     out = (x + dropout(Wc (scale * att + o) + bc)) * mask
@@ -48,7 +48,7 @@ from .frame_tiles import (
     warps,
     wide_precision,
 )
-from .launch import cdiv, device_function, kernel, launch, launchable, power_of_two, rows, tl
+from .launch import cdiv, device_function, kernel, launch, launchable, power_of_two, rows, target_of, tl
 from .operator import Fused, Operator, check_mask, check_shapes
 from .pointwise import pointwise
 from .precision import widened, without_autocast
@@ -95,7 +95,7 @@ def _instance_norm(x: Tensor, real: Tensor) -> Tensor:
     mean = (wide * real).sum(2, keepdim=True) / count
     centred = wide - mean
     var = (centred * real).square().sum(2, keepdim=True) / count
-    return (centred * torch.rsqrt(var + NORM_EPS)).to(x.dtype)
+    return (centred * torch.rsqrt(var + NORM_EPS) * real).to(x.dtype)
 
 
 def _linear_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
@@ -200,10 +200,12 @@ def _store_heads(ptr, x, o_f, F, HEAD: tl.constexpr):
 
 
 @device_function
-def _normalised_and_keys(o, stats_ptr, sums_ptr, i_n, o_f, eps, F, HEAD: tl.constexpr):
+def _normalised_and_keys(o, real, stats_ptr, sums_ptr, i_n, o_f, eps, F, HEAD: tl.constexpr):
     """h in the dtype of o, and the sum of keys."""
     stats_ptr += i_n * (2 * F + 1)
-    h = _normalised(o, load_vector(stats_ptr, o_f, F), load_vector(stats_ptr + F, o_f, F)).to(o.dtype)
+    h = _normalised(o, load_vector(stats_ptr, o_f, F), load_vector(stats_ptr + F, o_f, F))
+    # Padded frames are no part of the statistics: there h may be so large that Q and the normaliser are 0.
+    h = tl.where(real[None, :], h, 0.0).to(o.dtype)
     return h, load_vector(sums_ptr + i_n * (F * HEAD + F) + F * HEAD, o_f, F) + tl.cast(eps, tl.float32)
 
 
@@ -296,8 +298,9 @@ def _attention_output_kernel(
     i_n, i_t = sequence_and_part(TILES)
     o_f, t = tl.arange(0, BF), i_t * BT + tl.arange(0, BT)
     plane = i_n * F * T
+    real = load_real(mask_ptr + i_n * T, t, T)
     o = load_frames(o_ptr + plane, o_f, t, F, T)
-    h, keys = _normalised_and_keys(o, stats_ptr, sums_ptr, i_n, o_f, eps, F, HEAD)
+    h, keys = _normalised_and_keys(o, real, stats_ptr, sums_ptr, i_n, o_f, eps, F, HEAD)
     sums_ptr += i_n * (F * HEAD + F)
     _, _, attended = _attend(
         h, keys, sums_ptr, packed_ptr, one_head_ptr, query_bias_ptr, o_f, F, HEAD, BF, PRECISION, WIDE
@@ -314,7 +317,6 @@ def _attention_output_kernel(
     if output_seed_ptr is not None:
         y = dropped(y, dropout_rows(output_seed_ptr, i_n * F + o_f), t, output_threshold, output_scale)
     y += load_frames(x_ptr + plane, o_f, t, F, T).to(tl.float32)
-    real = load_real(mask_ptr + i_n * T, t, T)
     store_frames(out_ptr + plane, tl.where(real[None, :], y, 0.0), o_f, t, F, T)
 
 
@@ -332,8 +334,9 @@ def _attention_output_backward_kernel(
     o_f, t = tl.arange(0, BF), i_t * BT + tl.arange(0, BT)
     plane, everything = i_n * F * T, N.to(tl.int64) * F * T
     operands_ptr += plane
+    real = load_real(mask_ptr + i_n * T, t, T)
     o = load_frames(o_ptr + plane, o_f, t, F, T)
-    h, keys = _normalised_and_keys(o, stats_ptr, sums_ptr, i_n, o_f, eps, F, HEAD)
+    h, keys = _normalised_and_keys(o, real, stats_ptr, sums_ptr, i_n, o_f, eps, F, HEAD)
     sums_ptr += i_n * (F * HEAD + F)
     store_frames(operands_ptr + NORMALISED * everything, h, o_f, t, F, T)
     query, normaliser, attended = _attend(
@@ -348,7 +351,6 @@ def _attention_output_backward_kernel(
         y = dropped(y, attention_rows, t, attention_threshold, attention_scale)
     store_frames(operands_ptr + MIXED * everything, scale * y + o.to(tl.float32), o_f, t, F, T)
     # Back to r.
-    real = load_real(mask_ptr + i_n * T, t, T)
     g = tl.where(real[None, :], load_frames(grad_ptr + plane, o_f, t, F, T).to(tl.float32), 0.0)
     if output_seed_ptr is not None:
         g = dropped(g, dropout_rows(output_seed_ptr, i_n * F + o_f), t, output_threshold, output_scale)
@@ -368,7 +370,6 @@ def _attention_output_backward_kernel(
     )
     # Back to both sums and to Q.
     grad_sums_ptr += tl.program_id(0).to(tl.int64) * (F * HEAD + F)
-    _store_heads(grad_sums_ptr, tl.dot(u, tl.trans(query), input_precision=WIDE), o_f, F, HEAD)
     share = tl.dot(_load_packed(one_head_ptr, 0, BF), u * attended, input_precision=WIDE)  # sum over the head
     tl.store(grad_sums_ptr + F * HEAD + o_f, -tl.sum(query * share, 1), mask=o_f < F)
     g = (
@@ -379,6 +380,7 @@ def _attention_output_backward_kernel(
     store_frames(operands_ptr + QUERY * everything, g, o_f, t, F, T)
     g = tl.dot(_load_packed(packed_ptr, TRANSPOSED + QUERY, BF), g, input_precision=PRECISION)
     store_frames(gh_ptr + plane, g, o_f, t, F, T)
+    _store_heads(grad_sums_ptr, tl.dot(u, tl.trans(query), input_precision=WIDE), o_f, F, HEAD)
 
 
 @kernel
@@ -461,9 +463,18 @@ def _attention_weights_backward_kernel(
     tl.store(parts_ptr + bias + o_f, gb, mask=o_f < F)
 
 
+SUM_FRAMES = 32
+"""Frames of a tile where gradients of weights are added up."""
+
+
 def _frames(x: Tensor) -> int:
     """Frames of a tile."""
     return 16 if needs_split_products(x) else 32
+
+
+def _warps(x: Tensor) -> int:
+    """Warps of the longest chain of products, whose split operands spill with more on Hopper, and with fewer elsewhere."""
+    return 4 if needs_split_products(x) and target_of(x).arch == 90 else warps(x)
 
 
 def _dropouts(
@@ -582,22 +593,22 @@ def _backward(
     launch(
         _attention_output_backward_kernel, (n * tiles,), grad, mask, o, stats, sums, packed, one_head, query_bias,
         attention_bias, *dropout_seeds, gr, query_gh, operands, grad_sums, ATTENTION_EPS, scale, *numbers, n, length,
-        tiles, **chain,
+        tiles, **(chain | {"num_warps": _warps(x)}),
     )  # fmt: skip
     norm_sums = stats.new_empty(n, tiles, 2 * f)
     launch(
         _attention_key_value_backward_kernel, (n * tiles,), mask, o, stats, source, grad_sums.sum(1), packed, key_bias,
         value_bias, query_gh, gh, grad_source, operands, norm_sums, n, length, tiles, **chain,
     )  # fmt: skip
-    per_sequence, steps = split(x, constants["BT"], PROGRAMS // 2)
+    per_sequence, steps = split(x, SUM_FRAMES, PROGRAMS // 2)
     parts = stats.new_empty(n * per_sequence, columns)
     launch_dilated_conv_backward(
         grad, mask, x, conv_weight.contiguous(), dilation, gr, (gh, o, stats, norm_sums.sum(1)), grad_x, parts,
-        (per_sequence, steps), constants["BT"],
+        (per_sequence, steps), SUM_FRAMES,
     )  # fmt: skip
     launch(
         _attention_weights_backward_kernel, (n * per_sequence, 5), operands, source, parts, n, length, per_sequence,
-        steps, columns, **constants,
+        steps, columns, **(constants | {"BT": SUM_FRAMES}),
     )  # fmt: skip
     return grad_x, grad_source, parts.sum(0)
 
