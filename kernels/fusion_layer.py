@@ -43,7 +43,7 @@ from .frame_tiles import (
     unsupported_frames,
     warps,
 )
-from .launch import device_function, kernel, launch, launchable, planes, rows, tl
+from .launch import device_function, kernel, launch, launchable, planes, rows, target_of, tl
 from .operator import Fused, Operator, check_mask, check_shapes
 from .pointwise import pointwise
 
@@ -77,7 +77,7 @@ def _load_real_frames(x_ptr, real, o_f, t, F, T):
 
 @device_function
 def _normal_distribution(z):
-    """Phi(z)."""
+    """Phi."""
     return 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
 
 
@@ -114,9 +114,10 @@ def _fusion_layer_forward_kernel(
 @kernel
 def _fusion_layer_backward_kernel(
     grad_ptr, x_ptr, spatial_ptr, mask_ptr, weight1_ptr, bias1_ptr, weight2_ptr, seed_ptr, grad_x_ptr, grad_spatial_ptr,
-    parts_ptr, threshold, scale, spatial_stride, T, P, STEPS, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr,
-    UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    parts_ptr, threshold, scale, spatial_stride, T, P, STEPS, PASSES: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
+    BT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """In one or two PASSES over the frames of the program: the gradient of the second weight may come after all others."""
     T = T * UNIT
     i_n, i_p = sequence_and_part(P)
     o_f, o_t = tl.arange(0, BF), tl.arange(0, BT)
@@ -128,36 +129,48 @@ def _fusion_layer_backward_kernel(
         dropout_keys = dropout_rows(seed_ptr, i_n * F + o_f)
     gw1, gb1 = tl.zeros([BF, BF], tl.float32), tl.zeros([BF], tl.float32)
     gw2, gb2 = tl.zeros([BF, BF], tl.float32), tl.zeros([BF], tl.float32)
-    for i in range(0, STEPS):
-        t = (i_p * STEPS + i) * BT + o_t
-        real = load_real(mask_ptr + i_n * T, t, T)
-        x = _load_real_frames(x_ptr + plane, real, o_f, t, F, T)
-        weight = load_matrix(weight1_ptr, o_f, o_f, F, F, 1, dtype)
-        z = tl.dot(weight, x, input_precision=PRECISION) + bias1[:, None]
-        z += _load_real_frames(spatial_ptr, real, o_f, t, F, T).to(tl.float32)
-        phi = _normal_distribution(z)
-        h = z * phi
-        if seed_ptr is not None:
-            h = dropped(h, dropout_keys, t, threshold, scale)
-        grad = _load_real_frames(grad_ptr + plane, real, o_f, t, F, T)
-        gb2 += tl.sum(grad.to(tl.float32), 1)
-        gw2 = tl.dot(grad.to(dtype), tl.trans(h.to(dtype)), gw2, input_precision=PRECISION)
-        weight = load_matrix(weight2_ptr, o_f, o_f, F, 1, F, dtype)
-        gz = tl.dot(weight, grad.to(dtype), input_precision=PRECISION)
-        if seed_ptr is not None:
-            gz = dropped(gz, dropout_keys, t, threshold, scale)
-        density = 0.3989422804014327 * tl.exp2(-0.7213475204444817 * z * z)  # exp(-z^2 / 2) / sqrt(2 pi)
-        gz = gz * (phi + z * density)
-        store_frames(grad_spatial_ptr + plane, gz, o_f, t, F, T)
-        gb1 += tl.sum(gz, 1)
-        gz = gz.to(dtype)
-        gw1 = tl.dot(gz, tl.trans(x), gw1, input_precision=PRECISION)
-        weight = load_matrix(weight1_ptr, o_f, o_f, F, 1, F, dtype)
-        grad_x = tl.dot(weight, gz, grad.to(tl.float32), input_precision=PRECISION)
-        store_frames(grad_x_ptr + plane, grad_x, o_f, t, F, T)
+    for PASS in tl.static_range(0, PASSES):
+        for i in range(0, STEPS):
+            t = (i_p * STEPS + i) * BT + o_t
+            real = load_real(mask_ptr + i_n * T, t, T)
+            x = _load_real_frames(x_ptr + plane, real, o_f, t, F, T)
+            weight = load_matrix(weight1_ptr, o_f, o_f, F, F, 1, dtype)
+            z = tl.dot(weight, x, input_precision=PRECISION) + bias1[:, None]
+            z += _load_real_frames(spatial_ptr, real, o_f, t, F, T).to(tl.float32)
+            distribution = _normal_distribution(z)
+            grad = _load_real_frames(grad_ptr + plane, real, o_f, t, F, T)
+            if PASS == 0:
+                weight = load_matrix(weight2_ptr, o_f, o_f, F, 1, F, dtype)
+                gz = tl.dot(weight, grad.to(dtype), input_precision=PRECISION)
+                if seed_ptr is not None:
+                    gz = dropped(gz, dropout_keys, t, threshold, scale)
+                density = 0.3989422804014327 * tl.exp2(-0.7213475204444817 * z * z)  # phi
+                gz = gz * (distribution + z * density)
+                store_frames(grad_spatial_ptr + plane, gz, o_f, t, F, T)
+                gb1 += tl.sum(gz, 1)
+                gz = gz.to(dtype)
+                gw1 = tl.dot(gz, tl.trans(x), gw1, input_precision=PRECISION)
+                weight = load_matrix(weight1_ptr, o_f, o_f, F, 1, F, dtype)
+                grad_x = tl.dot(weight, gz, grad.to(tl.float32), input_precision=PRECISION)
+                store_frames(grad_x_ptr + plane, grad_x, o_f, t, F, T)
+            if PASS == PASSES - 1:
+                h = z * distribution
+                if seed_ptr is not None:
+                    h = dropped(h, dropout_keys, t, threshold, scale)
+                gw2 = tl.dot(grad.to(dtype), tl.trans(h.to(dtype)), gw2, input_precision=PRECISION)
+                gb2 += tl.sum(grad.to(tl.float32), 1)
     parts_ptr += tl.program_id(0).to(tl.int64) * (2 * F * F + 2 * F)
     store_gradients(parts_ptr, gw1, gb1, F * F, o_f, F)
     store_gradients(parts_ptr + F * F + F, gw2, gb2, F * F, o_f, F)
+
+
+# Tiles and passes by what compiles without spills on every architecture (python -m bench.compiled).
+
+
+def _backward_passes(x: Tensor) -> int:
+    target = target_of(x)
+    roomy = target.backend == "cuda" and 90 <= target.arch < 120 and not needs_split_products(x)
+    return 1 if roomy else 2
 
 
 def _forward(
@@ -208,14 +221,14 @@ def _backward(
     if not launchable(x) or not x.numel():
         return grad_x, grad_spatial, x.new_zeros(columns, dtype=torch.float32)
     grad, x, spatial, mask = rows(grad), rows(x), planes(spatial), rows(mask)
-    constants = tile_constants(x, 32)
+    constants = tile_constants(x, 16 if needs_split_products(x) else 32)
     per_sequence, steps = split(x, constants["BT"])
     parts = x.new_empty(n * per_sequence, columns, dtype=torch.float32)
     seed, *dropout_numbers = dropout_arguments(p, seed)
     launch(
         _fusion_layer_backward_kernel, (n * per_sequence,), grad, x, spatial, mask, weight1.contiguous(), bias1,
         weight2.contiguous(), seed, grad_x, grad_spatial, parts, *dropout_numbers,
-        spatial.stride(0) // constants["UNIT"], t // constants["UNIT"], per_sequence, steps, num_warps=warps(x),
+        spatial.stride(0) // constants["UNIT"], t // constants["UNIT"], per_sequence, steps, PASSES=_backward_passes(x), num_warps=warps(x),
         **constants,
     )  # fmt: skip
     return grad_x, grad_spatial, parts.sum(0)
