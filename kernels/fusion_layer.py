@@ -147,12 +147,11 @@ def _fusion_layer_backward_kernel(
                 density = 0.3989422804014327 * tl.exp2(-0.7213475204444817 * z * z)  # phi
                 gz = gz * (distribution + z * density)
                 store_frames(grad_spatial_ptr + plane, gz, o_f, t, F, T)
-                gb1 += tl.sum(gz, 1)
-                gz = gz.to(dtype)
-                gw1 = tl.dot(gz, tl.trans(x), gw1, input_precision=PRECISION)
                 weight = load_matrix(weight1_ptr, o_f, o_f, F, 1, F, dtype)
-                grad_x = tl.dot(weight, gz, grad.to(tl.float32), input_precision=PRECISION)
+                grad_x = tl.dot(weight, gz.to(dtype), grad.to(tl.float32), input_precision=PRECISION)
                 store_frames(grad_x_ptr + plane, grad_x, o_f, t, F, T)
+                gw1 = tl.dot(gz.to(dtype), tl.trans(x), gw1, input_precision=PRECISION)
+                gb1 += tl.sum(gz, 1)
             if PASS == PASSES - 1:
                 h = z * distribution
                 if seed_ptr is not None:
