@@ -61,6 +61,8 @@ convolution there than that of 3.7, the release that torch comes with."""
 MADE_NARROW = {
     "dynamic_graph_conv": (1,),
     "masked_batch_norm": (0, 4),
+    "fusion_layer": (0, 1),
+    "dilated_residual": (0,),
     "class_loss": (0,),
     "boundary_loss": (0,),
     "segment_mean": (0,),

@@ -34,12 +34,11 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     return x * _scaled_mask(_hash(row ^ frame), p, x.dtype)
 
 
-def channel_dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """Zero whole (n, c) planes of ``x`` (N, C, V, T) with probability ``p`` and scale the others by 1 / (1 - p)."""
+def channel_mask(n: int, c: int, p: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Factors (N, C) of whole (n, c) planes: 0 with probability ``p``, else 1 / (1 - p). None where dropout is off."""
     if seed is None or p == 0.0:
-        return x
-    row = _rows(seed, x.shape[0] * x.shape[1]).view(*x.shape[:2], 1, 1)
-    return x * _scaled_mask(row, p, x.dtype)
+        return None
+    return _scaled_mask(_rows(seed, n * c).view(n, c), p, dtype)
 
 
 def dropout_arguments(p: float, seed: Tensor | None) -> tuple[Tensor | None, int, float]:

@@ -29,6 +29,8 @@ class Work:
 
 
 PRODUCT, ROWS, SUMS = Work(matrix=True, rows=True), Work(rows=True), Work()
+# Most accesses in the code of a program are those of a weight (F, F, 3) and its gradient, once each, with stride 3.
+DILATED = Work(matrix=True)
 # Every operator's kernels, shared ones too.
 KERNELS = {
     "multiscale_graph_conv": {"multiscale_graph_conv": PRODUCT, "combine_parts": SUMS},
@@ -42,6 +44,10 @@ KERNELS = {
         ),
         "combine_parts": SUMS,
     },
+    "fusion_layer": dict.fromkeys(("fusion_layer_forward", "fusion_layer_backward"), PRODUCT),
+    "dilated_residual": dict.fromkeys(
+        ("dilated_residual_forward", "dilated_residual_backward", "dilated_conv_backward"), DILATED
+    ),
     "segment_mean": dict.fromkeys(("segment_mean_forward", "segment_mean_backward"), SUMS),
     "pairwise_distance": dict.fromkeys(("pairwise_distance_forward", "pairwise_distance_backward"), SUMS),
 }

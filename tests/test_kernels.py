@@ -246,10 +246,18 @@ def test_dropout_is_unbiased_and_uncorrelated(p: float):
         assert abs((centred * shifted).mean()) < 5 / total**0.5
 
 
-def test_channel_dropout_takes_whole_planes():
-    out = kernels.channel_dropout(torch.ones(8, 64, 3, 5), 0.25, torch.tensor(3))
-    assert ((out == 0).all((2, 3)) | (out == 1 / 0.75).all((2, 3))).all()
-    assert 0.1 < (out == 0).float().mean() < 0.4
+def test_channel_mask_is_unbiased_and_a_function_of_the_seed():
+    mask = kernels.channel_mask(8, 64, 0.25, torch.tensor(3), torch.float64)
+    assert mask.shape == (8, 64) and mask.dtype == torch.float64
+    assert set(mask.unique().tolist()) == {0.0, 1 / 0.75}
+    assert 0.1 < (mask == 0).double().mean() < 0.4
+    assert torch.equal(kernels.channel_mask(9, 64, 0.25, torch.tensor(3), torch.float64)[:8], mask)
+    assert not torch.equal(kernels.channel_mask(8, 64, 0.25, torch.tensor(4), torch.float64), mask)
+    off = [
+        kernels.channel_mask(8, 64, p, seed, torch.float64)
+        for p, seed in ((0.25, None), (0.0, torch.tensor(3)))
+    ]
+    assert off == [None, None]
 
 
 def test_segment_mean_leaves_out_frames_of_no_segment():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
-from allocations import LargestTensor
+from allocations import LargestTensor, LargeTensors
 from operators import lengths_mask
 from published_case import NO_DROPOUT
 from torch import Tensor
@@ -18,7 +18,7 @@ from trgnet.kernels.dynamic_graph_conv import BLOCK_ELEMENTS
 from trgnet import TRGLoss, TRGNet
 from trgnet.data import Dataset, Segments, collate, synthetic_dataset
 from trgnet.losses import absolute_loss, relative_loss
-from trgnet.model import MaskedBatchNorm
+from trgnet.model import MaskedBatchNorm, TemporalModule
 
 SMALL = {"features": 16, "layers": 4, "refine_layers": 3}
 
@@ -205,6 +205,19 @@ def test_memory_of_a_step_is_bounded_by_the_feature_map(dataset: Dataset):
         <= max(feature_map, BLOCK_ELEMENTS)
         < min(n * 13 * c * v * t, n * t * v * v, n * d * t)
     )
+
+
+def test_temporal_module_makes_no_copy_of_what_it_reads():
+    """Of the size of its input: the groups' channels, and in backward their gradient and that of the input."""
+    n, f, v, t, layers = 2, 16, 9, 30, 2
+    module = TemporalModule(v, f, layers, 4, 0.3, 0.3, 0.05, 0.5)
+    x = torch.randn(n, f, v, t, requires_grad=True)
+    seeds = torch.arange(4 * layers).view(-1, 2)
+    with LargeTensors(n * layers * module.group_channels * v * t) as large:
+        out = module(x, torch.ones(n, 1, t, dtype=torch.bool), iter(seeds))
+        assert len(large.storages) == 1
+        torch.autograd.grad(out.sum(), [x, *module.parameters()])
+    assert len(large.storages) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

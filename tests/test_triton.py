@@ -403,6 +403,42 @@ def masked_batch_norm_backward(
     return w * rstd * centred * real, grad_weight, grad_bias, g
 
 
+def fusion_layer_backward(grad, x, spatial, mask, w1, b1, w2, b2, seed, p):
+    z = torch.einsum("of,nft->not", w1, x) + spatial + b1[:, None]
+    distribution = (1 + torch.erf(z / 2**0.5)) / 2
+    g = grad * mask
+    density = torch.exp(-z * z / 2) / (2 * torch.pi) ** 0.5
+    gz = torch.einsum("of,not->nft", w2, g) * (distribution + z * density)
+    return (
+        torch.einsum("of,not->nft", w1, gz) + g,
+        gz,
+        torch.einsum("not,nft->of", gz, x),
+        gz.sum((0, 2)),
+        torch.einsum("not,nft->of", g, z * distribution),
+        g.sum((0, 2)),
+    )
+
+
+def dilated_residual_backward(grad, x, mask, conv_weight, conv_bias, weight, bias, seed, dilation, p):
+    t, d = x.shape[2], dilation
+
+    def tap(a, j):
+        """a at frames t + (j - 1) d, zero outside."""
+        return functional.pad(a, (d, d))[..., j * d : j * d + t]
+
+    y = sum(torch.einsum("og,ngt->not", conv_weight[..., j], tap(x, j)) for j in range(3))
+    y = y + conv_bias[:, None]
+    gc = grad * mask
+    gz = torch.einsum("of,not->nft", weight, gc) * (y > 0)
+    return (
+        gc + sum(torch.einsum("og,not->ngt", conv_weight[..., j], tap(gz, 2 - j)) for j in range(3)),
+        torch.stack([torch.einsum("not,ngt->og", gz, tap(x, j)) for j in range(3)], 2),
+        gz.sum((0, 2)),
+        torch.einsum("not,nft->of", gc, torch.relu(y)),
+        gc.sum((0, 2)),
+    )
+
+
 def segment_mean_backward(grad, x, batch, start, length):
     grad_x = torch.zeros_like(x)
     for s, (n, first, frames) in enumerate(zip(batch, start, length)):
