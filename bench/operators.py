@@ -70,7 +70,6 @@ def make_case(name: str, size: Size = Size()) -> Case:
     seeds, dilation, heads = torch.tensor([5, 7]), 16, 4
     labels = torch.randint(0, k, (n, t), generator=generator)
     similarity = torch.rand(n, t, generator=generator)
-    boundaries = (torch.rand(n, t, generator=generator) < 1 / 16).float()
     return {
         "multiscale_graph_conv": lambda: Case(
             (random(n, c, v, t), random(size.hops, v, v, scale=v**-0.5), *linear(f, size.hops * c), None),
@@ -132,7 +131,7 @@ def make_case(name: str, size: Size = Size()) -> Case:
             lambda logits, labels, similarity, *_: published.class_loss(logits, labels, similarity),
         ),
         "boundary_loss": lambda: Case(
-            (random(n, 1, t), boundaries, mask, torch.tensor(16.0)),
+            (random(n, 1, t), (labels == 0).float(), mask, torch.tensor(float(k))),
             lambda logits, target, _, pos_weight: published.boundary_loss(logits, target, pos_weight),
         ),
         "segment_mean": lambda: Case((random(n, f, t), *_segments(size)), published.segment_mean),

@@ -224,7 +224,8 @@ def _class_loss_sums_kernel(
     i_n, i_p = i // PARTS, i % PARTS
     o_k = tl.arange(0, BK)
     m_k = o_k < K
-    (later_max, later_sum), (earlier_max, earlier_sum) = _no_powers(BK), _no_powers(BK)
+    later_max, later_sum = _no_powers(BK)
+    earlier_max, earlier_sum = _no_powers(BK)
     losses, weights, pairs = _zeros(BT), _zeros(BT), _zeros(BT)
     for i_t in range(i_p * PER_PART, tl.minimum((i_p + 1) * PER_PART, TILES)):
         o_t = i_t * BT + tl.arange(0, BT)
@@ -263,7 +264,8 @@ def _class_loss_steps_kernel(
     o_k = tl.arange(0, BK)
     m_k = o_k < K
 
-    (later_max, later_sum), (earlier_max, earlier_sum) = _no_powers(BK), _no_powers(BK)
+    later_max, later_sum = _no_powers(BK)
+    earlier_max, earlier_sum = _no_powers(BK)
     pairs = _zeros(BP)
     for first in range(0, PARTS, BP):
         o_p = first + tl.arange(0, BP)
