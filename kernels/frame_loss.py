@@ -188,19 +188,18 @@ def _no_powers(BK: tl.constexpr):
 
 
 @device_function
-def _add_powers(highest, total, values, factors, AXIS: tl.constexpr):
-    """Add sum factors exp(values) over an axis to total exp(highest), both [BK]."""
+def _add_powers(highest, total, values, AXIS: tl.constexpr):
+    """Add the exponentials of ``values`` over an axis to total exp(highest), both [BK]."""
     new = tl.maximum(highest, tl.max(values, AXIS))
     finite = tl.where(new == float("-inf"), 0.0, new)
-    added = tl.sum(factors * tl.exp(values - tl.expand_dims(finite, AXIS)), AXIS)
+    added = tl.sum(tl.exp(values - tl.expand_dims(finite, AXIS)), AXIS)
     return new, total * tl.exp(highest - finite) + added
 
 
 @device_function
-def _drift(later_max, later_sum, earlier_max, earlier_sum):
+def _drift(later, earlier):
     """Difference of the normalisers of the two softmaxes over time; 0 where there is no pair."""
-    drift = (later_max - earlier_max) + tl.log(later_sum / earlier_sum)
-    return tl.where(later_sum == 0.0, 0.0, drift)
+    return tl.where(later == float("-inf"), 0.0, later - earlier)
 
 
 @device_function
@@ -239,13 +238,11 @@ def _class_loss_sums_kernel(
         pairs += is_later.to(tl.float32)
         in_later = tl.where(m_k[:, None] & is_later[None, :], z, float("-inf"))
         in_earlier = tl.where(m_k[:, None] & is_earlier[None, :], z, float("-inf"))
-        later_max, later_sum = _add_powers(later_max, later_sum, in_later, 1.0, 1)
-        earlier_max, earlier_sum = _add_powers(earlier_max, earlier_sum, in_earlier, 1.0, 1)
-    place = powers_ptr + i.to(tl.int64) * 4 * K + o_k
-    tl.store(place, later_max, mask=m_k)
-    tl.store(place + K, later_sum, mask=m_k)
-    tl.store(place + 2 * K, earlier_max, mask=m_k)
-    tl.store(place + 3 * K, earlier_sum, mask=m_k)
+        later_max, later_sum = _add_powers(later_max, later_sum, in_later, 1)
+        earlier_max, earlier_sum = _add_powers(earlier_max, earlier_sum, in_earlier, 1)
+    place = powers_ptr + i.to(tl.int64) * 2 * BK + o_k
+    tl.store(place, later_max + tl.log(later_sum))
+    tl.store(place + BK, earlier_max + tl.log(earlier_sum))
     tl.store(sums_ptr + i, tl.sum(losses))
     tl.store(sums_ptr + PROGRAMS + i, tl.sum(weights))
     tl.store(sums_ptr + 2 * PROGRAMS + i, tl.sum(pairs))
@@ -270,25 +267,21 @@ def _class_loss_steps_kernel(
     for first in range(0, PARTS, BP):
         o_p = first + tl.arange(0, BP)
         m_p = o_p < PARTS
-        inside = m_p[:, None] & m_k[None, :]
-        place = powers_ptr + i_n.to(tl.int64) * PARTS * 4 * K + (o_p[:, None] * 4 * K + o_k[None, :])
-        b_later = tl.load(place, mask=inside, other=float("-inf"))
-        b_later_sum = tl.load(place + K, mask=inside, other=0.0)
-        b_earlier = tl.load(place + 2 * K, mask=inside, other=float("-inf"))
-        b_earlier_sum = tl.load(place + 3 * K, mask=inside, other=0.0)
-        later_max, later_sum = _add_powers(later_max, later_sum, b_later, b_later_sum, 0)
-        earlier_max, earlier_sum = _add_powers(earlier_max, earlier_sum, b_earlier, b_earlier_sum, 0)
+        place = powers_ptr + i_n.to(tl.int64) * PARTS * 2 * BK + (o_p[:, None] * 2 * BK + o_k[None, :])
+        of_later = tl.load(place, mask=m_p[:, None], other=float("-inf"))
+        of_earlier = tl.load(place + BK, mask=m_p[:, None], other=float("-inf"))
+        later_max, later_sum = _add_powers(later_max, later_sum, of_later, 0)
+        earlier_max, earlier_sum = _add_powers(earlier_max, earlier_sum, of_earlier, 0)
         pairs += tl.load(sums_ptr + 2 * PROGRAMS + i_n * PARTS + o_p, mask=m_p, other=0.0)
-    drift = _drift(later_max, later_sum, earlier_max, earlier_sum)
+    later, earlier = later_max + tl.log(later_sum), earlier_max + tl.log(earlier_sum)
     scale = 1.0 / (N.to(tl.float32) * K * tl.maximum(tl.sum(pairs), 1.0))
     if i_p == 0:
-        place = classes_ptr + i_n.to(tl.int64) * 5 * K + o_k
-        tl.store(place, later_max, mask=m_k)
-        tl.store(place + K, later_sum, mask=m_k)
-        tl.store(place + 2 * K, earlier_max, mask=m_k)
-        tl.store(place + 3 * K, earlier_sum, mask=m_k)
+        place = classes_ptr + i_n.to(tl.int64) * 3 * BK + o_k
+        tl.store(place, later)
+        tl.store(place + BK, earlier)
         tl.store(scales_ptr + 1 + i_n, scale)
 
+    drift = _drift(later, earlier)
     losses, slopes = _zeros(BT), _zeros(BK)
     for i_t in range(i_p * PER_PART, tl.minimum((i_p + 1) * PER_PART, TILES)):
         o_t = i_t * BT + tl.arange(0, BT)
@@ -301,12 +294,12 @@ def _class_loss_steps_kernel(
         losses += tl.sum(loss, 0)
         slopes += tl.sum(slope, 1)
     tl.store(sums_ptr + 3 * PROGRAMS + i, tl.sum(losses))
-    tl.store(slopes_ptr + i.to(tl.int64) * K + o_k, slopes, mask=m_k)
+    tl.store(slopes_ptr + i.to(tl.int64) * BK + o_k, slopes)
 
 
 @kernel
 def _class_loss_totals_kernel(
-    sums_ptr, slopes_ptr, cross_entropy_ptr, smoothness_ptr, classes_ptr, scales_ptr, K, PARTS, PROGRAMS,
+    sums_ptr, slopes_ptr, cross_entropy_ptr, smoothness_ptr, classes_ptr, scales_ptr, PARTS, PROGRAMS,
     BK: tl.constexpr, BP: tl.constexpr, TINY: tl.constexpr,
 ):  # fmt: skip
     """One program for each sequence adds up its slopes; the first one also both losses."""
@@ -315,9 +308,9 @@ def _class_loss_totals_kernel(
     slopes = _zeros(BK)
     for first in range(0, PARTS, BP):
         o_p = first + tl.arange(0, BP)
-        place = slopes_ptr + i_n.to(tl.int64) * PARTS * K + (o_p[:, None] * K + o_k[None, :])
-        slopes += tl.sum(tl.load(place, mask=(o_p < PARTS)[:, None] & (o_k < K)[None, :], other=0.0), 0)
-    tl.store(classes_ptr + i_n.to(tl.int64) * 5 * K + 4 * K + o_k, slopes, mask=o_k < K)
+        place = slopes_ptr + i_n.to(tl.int64) * PARTS * BK + (o_p[:, None] * BK + o_k[None, :])
+        slopes += tl.sum(tl.load(place, mask=(o_p < PARTS)[:, None], other=0.0), 0)
+    tl.store(classes_ptr + (i_n.to(tl.int64) * 3 + 2) * BK + o_k, slopes)
     if i_n == 0:
         losses, weights, steps = _zeros(512), _zeros(512), _zeros(512)
         for first in range(0, PROGRAMS, 512):
@@ -353,13 +346,10 @@ def _class_loss_backward_kernel(
     weight *= tl.load(grad_cross_entropy_ptr).to(tl.float32) * tl.load(scales_ptr)
     grad = tl.where((weight == 0.0)[None, :], 0.0, weight[None, :] * grad)
 
-    place = classes_ptr + i_n.to(tl.int64) * 5 * K + o_k
-    later_max = tl.load(place, mask=m_k, other=0.0)
-    later_sum = tl.load(place + K, mask=m_k, other=1.0)
-    earlier_max = tl.load(place + 2 * K, mask=m_k, other=0.0)
-    earlier_sum = tl.load(place + 3 * K, mask=m_k, other=1.0)
-    slopes = tl.load(place + 4 * K, mask=m_k, other=0.0)
-    drift = _drift(later_max, later_sum, earlier_max, earlier_sum)
+    place = classes_ptr + i_n.to(tl.int64) * 3 * BK + o_k
+    later, earlier = tl.load(place), tl.load(place + BK)
+    slopes = tl.load(place + 2 * BK)
+    drift = _drift(later, earlier)
     outer = tl.load(grad_smoothness_ptr).to(tl.float32)
     scale = outer * tl.load(scales_ptr + 1 + i_n)
     before = _logits(logits_ptr, i_n, o_k, o_t, K, T, -1)
@@ -370,10 +360,9 @@ def _class_loss_backward_kernel(
     weight = scale * _similarity(similarity_ptr, i_n, o_t + 1, T)
     _, slope = _squared_steps(after, z, drift, weight, in_earlier, TRUNCATION)
     grad -= slope
-    share = tl.exp(z - later_max[:, None]) * (outer * slopes / later_sum)[:, None]
-    grad -= tl.where(in_later, share, 0.0)
-    share = tl.exp(z - earlier_max[:, None]) * (outer * slopes / earlier_sum)[:, None]
-    grad += tl.where(in_earlier, share, 0.0)
+    slopes = outer * slopes
+    grad -= tl.where(in_later, slopes[:, None] * tl.exp(z - later[:, None]), 0.0)
+    grad += tl.where(in_earlier, slopes[:, None] * tl.exp(z - earlier[:, None]), 0.0)
     out = grad_ptr + i_n.to(tl.int64) * K * T + (o_k[:, None] * T + o_t[None, :])
     tl.store(out, grad.to(grad_ptr.dtype.element_ty), mask=m_k[:, None] & (o_t < T)[None, :])
 
@@ -386,19 +375,19 @@ def _parts(sequences: int, tiles: int) -> tuple[int, int]:
 
 
 def _class_tiling(k: int, t: int) -> dict[str, int]:
-    """What a launch is told: all classes of 4096 values, 16 for each thread; more classes make larger tiles."""
+    """What a launch is told: all classes of 2048 values, 8 for each thread; more classes make larger tiles."""
     classes = power_of_two(k)
-    frames = min(1024, max(16, 4096 // classes))
-    return {"BK": classes, "BT": frames, "UNIT": unit(t), "num_warps": 8 if classes * frames <= 8192 else 16}
+    frames = min(1024, max(8, 2048 // classes))
+    return {"BK": classes, "BT": frames, "UNIT": unit(t), "num_warps": 8 if classes * frames <= 2048 else 16}
 
 
 def _class_loss_forward(
     logits: Tensor, labels: Tensor, similarity: Tensor, mask: Tensor, class_weights: Optional[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both losses; of each class the sums of a sequence (N, 5, K), and what its losses are divided by (1 + N,)."""
+    """Both losses; of each class the sums of a sequence (N, 5, BK), and what its losses are divided by (1 + N,)."""
     n, k, t = logits.shape
     cross_entropy, smoothness, classes, scales = (
-        logits.new_empty(shape, dtype=torch.float32) for shape in ((), (), (n, 5, k), (n + 1,))
+        logits.new_empty(shape, dtype=torch.float32) for shape in ((), (), (n, 3, power_of_two(k)), (n + 1,))
     )
     if not launchable(logits):
         return cross_entropy, smoothness, classes, scales
@@ -406,12 +395,12 @@ def _class_loss_forward(
         return cross_entropy.zero_(), smoothness.fill_(0.0 if n else torch.nan), classes, scales
     logits, labels, similarity, mask = rows(logits), rows(labels), rows(similarity), rows(mask)
     tiling = _class_tiling(k, t)
-    tiles, block = cdiv(t, tiling["BT"]), min(MOST_PARTS, max(1, 4096 // tiling["BK"]))
+    tiles, block = cdiv(t, tiling["BT"]), min(MOST_PARTS, max(1, 1024 // tiling["BK"]))
     parts, per_part = _parts(n, tiles)
     programs, length = n * parts, t // tiling["UNIT"]
-    powers = logits.new_empty(programs, 4, k, dtype=torch.float32)
+    powers = logits.new_empty(programs, 2, tiling["BK"], dtype=torch.float32)
     sums = logits.new_empty(4, programs, dtype=torch.float32)
-    slopes = logits.new_empty(programs, k, dtype=torch.float32)
+    slopes = logits.new_empty(programs, tiling["BK"], dtype=torch.float32)
     launch(
         _class_loss_sums_kernel, (programs,), logits, labels, mask, class_weights, powers, sums, k, length, tiles,
         parts, per_part, programs, IGNORE=IGNORE, **tiling,
@@ -421,7 +410,7 @@ def _class_loss_forward(
         length, tiles, parts, per_part, programs, BP=block, TRUNCATION=TRUNCATION, **tiling,
     )  # fmt: skip
     launch(
-        _class_loss_totals_kernel, (n,), sums, slopes, cross_entropy, smoothness, classes, scales, k, parts, programs,
+        _class_loss_totals_kernel, (n,), sums, slopes, cross_entropy, smoothness, classes, scales, parts, programs,
         BK=tiling["BK"], BP=block, TINY=torch.finfo(torch.float32).tiny, num_warps=8,
     )  # fmt: skip
     return cross_entropy, smoothness, classes, scales
