@@ -52,6 +52,7 @@ from .launch import (
     launchable,
     power_of_two,
     rows,
+    target_of,
     tl,
     unit,
 )
@@ -61,7 +62,7 @@ from .precision import widened
 IGNORE = 255
 """Label of frames that belong to no class: padding, and unannotated frames."""
 TRUNCATION = 16.0
-MOST_CLASSES = 1024
+MOST_CLASSES = 512
 """That the kernels take: a program holds all classes of its frames in registers."""
 ENOUGH_PROGRAMS, MOST_PARTS = 264, 128
 """How many programs are enough for a large GPU, and into how many parts a sequence is split at most."""
@@ -374,11 +375,14 @@ def _parts(sequences: int, tiles: int) -> tuple[int, int]:
     return cdiv(tiles, per_part), per_part
 
 
-def _class_tiling(k: int, t: int) -> dict[str, int]:
-    """What a launch is told: all classes of 2048 values, 8 for each thread; more classes make larger tiles."""
+def _class_tiling(logits: Tensor) -> dict[str, int]:
+    """What a launch is told: all classes of 2048 values, 8 for each thread; more than 256 classes make larger tiles."""
+    _, k, t = logits.shape
     classes = power_of_two(k)
     frames = min(1024, max(8, 2048 // classes))
-    return {"BK": classes, "BT": frames, "UNIT": unit(t), "num_warps": 8 if classes * frames <= 2048 else 16}
+    threads = 256 if classes * frames <= 2048 else 512
+    warp = 64 if target_of(logits).backend == "hip" else 32
+    return {"BK": classes, "BT": frames, "UNIT": unit(t), "num_warps": threads // warp}
 
 
 def _class_loss_forward(
@@ -394,7 +398,7 @@ def _class_loss_forward(
     if logits.numel() == 0:
         return cross_entropy.zero_(), smoothness.fill_(0.0 if n else torch.nan), classes, scales
     logits, labels, similarity, mask = rows(logits), rows(labels), rows(similarity), rows(mask)
-    tiling = _class_tiling(k, t)
+    tiling = _class_tiling(logits)
     tiles, block = cdiv(t, tiling["BT"]), min(MOST_PARTS, max(1, 1024 // tiling["BK"]))
     parts, per_part = _parts(n, tiles)
     programs, length = n * parts, t // tiling["UNIT"]
@@ -432,7 +436,7 @@ def _class_loss_backward(
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if launchable(logits) and logits.numel():
         logits, labels, similarity, mask = rows(logits), rows(labels), rows(similarity), rows(mask)
-        tiling = _class_tiling(k, t)
+        tiling = _class_tiling(logits)
         tiles = cdiv(t, tiling["BT"])
         launch(
             _class_loss_backward_kernel, (n * tiles,), grad_cross_entropy, grad_smoothness, logits, labels, similarity,
