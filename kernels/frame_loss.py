@@ -19,7 +19,7 @@ Backward, with W = sum w[label], c_n = 1/(N K (T_n - 1)), and g_c, g_s, g_b the 
     total[n,k]    = sum_t slope[n,k,t]
     grad logits[n,k,t] = g_c w[label]/W (softmax over classes - [k = label])
                        + g_s (slope[n,k,t] - slope[n,k,t+1] - total[n,k] (exp(later[n,k,t]) - exp(earlier[n,k,t])))
-    grad logit[n,t]    = g_b/(N T_n) ((pos_weight y + 1 - y) sigmoid(logit) - pos_weight y)      y = target[n,t]
+    grad logit[n,t] = g_b/(N T_n) ((1 - y) sigmoid(logit) - pos_weight y sigmoid(-logit))            y = target[n,t]
 
 with exp(later) 0 at t = 0 and exp(earlier) 0 at t = T_n - 1. What padded frames hold changes nothing; their gradient
 is 0.
@@ -548,8 +548,10 @@ def _boundary_loss_backward_kernel(
     positive = tl.load(pos_weight_ptr).to(tl.float32) * y
     scale = tl.load(grad_loss_ptr).to(tl.float32) * tl.load(scales_ptr + i_n)
     power = tl.exp(-tl.abs(z))
-    sigmoid = tl.where(z < 0.0, power, 1.0) / (1.0 + power)
-    grad = tl.where(real, scale * ((positive + 1.0 - y) * sigmoid - positive), 0.0)
+    # The smaller one of sigmoid(z) and sigmoid(-z) without a difference that would cancel.
+    larger, smaller = 1.0 / (1.0 + power), power / (1.0 + power)
+    slope = (1.0 - y) * tl.where(z < 0.0, smaller, larger) - positive * tl.where(z < 0.0, larger, smaller)
+    grad = tl.where(real, scale * slope, 0.0)
     tl.store(grad_ptr + start + o_t, grad.to(grad_ptr.dtype.element_ty), mask=o_t < T)
 
 
