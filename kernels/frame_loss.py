@@ -62,7 +62,7 @@ from .precision import widened
 IGNORE = 255
 """Label of frames that belong to no class: padding, and unannotated frames."""
 TRUNCATION = 16.0
-MOST_CLASSES = 512
+MOST_CLASSES = 256
 """That the kernels take: a program holds all classes of its frames in registers."""
 ENOUGH_PROGRAMS, MOST_PARTS = 264, 128
 """How many programs are enough for a large GPU, and into how many parts a sequence is split at most."""
@@ -226,7 +226,7 @@ def _class_loss_sums_kernel(
     m_k = o_k < K
     later_max, later_sum = _no_powers(BK)
     earlier_max, earlier_sum = _no_powers(BK)
-    losses, weights, pairs = _zeros(BT), _zeros(BT), _zeros(BT)
+    losses, weights, pairs = 0.0, 0.0, 0.0
     for i_t in range(i_p * PER_PART, tl.minimum((i_p + 1) * PER_PART, TILES)):
         o_t = i_t * BT + tl.arange(0, BT)
         z = _logits(logits_ptr, i_n, o_k, o_t, K, T, 0)
@@ -234,9 +234,9 @@ def _class_loss_sums_kernel(
         label, weight = _label_weights(labels_ptr, class_weights_ptr, i_n, o_t, real, K, T, IGNORE)
         highest, _, total = _class_softmax(z, m_k)
         at_label = tl.sum(tl.where(o_k[:, None] == label[None, :], z, 0.0), 0)
-        losses += tl.where(weight == 0.0, 0.0, weight * (highest - at_label + tl.log(total)))
-        weights += weight
-        pairs += is_later.to(tl.float32)
+        losses += tl.sum(tl.where(weight == 0.0, 0.0, weight * (highest - at_label + tl.log(total))))
+        weights += tl.sum(weight)
+        pairs += tl.sum(is_later.to(tl.float32))
         in_later = tl.where(m_k[:, None] & is_later[None, :], z, float("-inf"))
         in_earlier = tl.where(m_k[:, None] & is_earlier[None, :], z, float("-inf"))
         later_max, later_sum = _add_powers(later_max, later_sum, in_later, 1)
@@ -244,9 +244,9 @@ def _class_loss_sums_kernel(
     place = powers_ptr + i.to(tl.int64) * 2 * BK + o_k
     tl.store(place, later_max + tl.log(later_sum))
     tl.store(place + BK, earlier_max + tl.log(earlier_sum))
-    tl.store(sums_ptr + i, tl.sum(losses))
-    tl.store(sums_ptr + PROGRAMS + i, tl.sum(weights))
-    tl.store(sums_ptr + 2 * PROGRAMS + i, tl.sum(pairs))
+    tl.store(sums_ptr + i, losses)
+    tl.store(sums_ptr + PROGRAMS + i, weights)
+    tl.store(sums_ptr + 2 * PROGRAMS + i, pairs)
 
 
 @kernel
@@ -283,7 +283,7 @@ def _class_loss_steps_kernel(
         tl.store(scales_ptr + 1 + i_n, scale)
 
     drift = _drift(later, earlier)
-    losses, slopes = _zeros(BT), _zeros(BK)
+    losses, slopes = 0.0, _zeros(BK)
     for i_t in range(i_p * PER_PART, tl.minimum((i_p + 1) * PER_PART, TILES)):
         o_t = i_t * BT + tl.arange(0, BT)
         z = _logits(logits_ptr, i_n, o_k, o_t, K, T, 0)
@@ -292,9 +292,9 @@ def _class_loss_steps_kernel(
         weight = scale * _similarity(similarity_ptr, i_n, o_t, T)
         pair = m_k[:, None] & is_later[None, :]
         loss, slope = _squared_steps(z, before, drift, weight, pair, TRUNCATION)
-        losses += tl.sum(loss, 0)
+        losses += tl.sum(tl.sum(loss, 1), 0)
         slopes += tl.sum(slope, 1)
-    tl.store(sums_ptr + 3 * PROGRAMS + i, tl.sum(losses))
+    tl.store(sums_ptr + 3 * PROGRAMS + i, losses)
     tl.store(slopes_ptr + i.to(tl.int64) * BK + o_k, slopes)
 
 
@@ -375,14 +375,17 @@ def _parts(sequences: int, tiles: int) -> tuple[int, int]:
     return cdiv(tiles, per_part), per_part
 
 
+def _warps(threads: int, tensor: Tensor) -> int:
+    return threads // (64 if target_of(tensor).backend == "hip" else 32)
+
+
 def _class_tiling(logits: Tensor) -> dict[str, int]:
-    """What a launch is told: all classes of 2048 values, 8 for each thread; more than 256 classes make larger tiles."""
+    """What a launch is told: all classes of at least 16 frames, 8 values (16 bytes in half precision) for each thread."""
     _, k, t = logits.shape
     classes = power_of_two(k)
-    frames = min(1024, max(8, 2048 // classes))
-    threads = 256 if classes * frames <= 2048 else 512
-    warp = 64 if target_of(logits).backend == "hip" else 32
-    return {"BK": classes, "BT": frames, "UNIT": unit(t), "num_warps": threads // warp}
+    frames = min(1024, max(16, 2048 // classes))
+    threads = max(256, classes * frames // 8)
+    return {"BK": classes, "BT": frames, "UNIT": unit(t), "num_warps": _warps(threads, logits)}
 
 
 def _class_loss_forward(
@@ -555,8 +558,8 @@ def _boundary_loss_backward_kernel(
     tl.store(grad_ptr + start + o_t, grad.to(grad_ptr.dtype.element_ty), mask=o_t < T)
 
 
-def _boundary_tiling(t: int) -> dict[str, int]:
-    return {"BT": 1024, "UNIT": unit(t), "num_warps": 4}
+def _boundary_tiling(logits: Tensor) -> dict[str, int]:
+    return {"BT": 1024, "UNIT": unit(logits.shape[2]), "num_warps": _warps(128, logits)}
 
 
 def _boundary_loss_forward(
@@ -570,7 +573,7 @@ def _boundary_loss_forward(
     if logits.numel() == 0:
         return loss.fill_(0.0 if n else torch.nan), scales
     logits, target, mask = rows(logits), rows(target), rows(mask)
-    tiling = _boundary_tiling(t)
+    tiling = _boundary_tiling(logits)
     tiles = cdiv(t, tiling["BT"])
     parts, per_part = _parts(n, tiles)
     sums = logits.new_empty(2, n * parts, dtype=torch.float32)
@@ -578,7 +581,7 @@ def _boundary_loss_forward(
         _boundary_loss_sums_kernel, (n * parts,), logits, target, mask, pos_weight, sums, t // tiling["UNIT"], tiles,
         parts, per_part, n * parts, **tiling,
     )  # fmt: skip
-    launch(_boundary_loss_mean_kernel, (1,), sums, loss, scales, n, parts, n * parts, BN=16, BP=128)
+    launch(_boundary_loss_mean_kernel, (1,), sums, loss, scales, n, parts, n * parts, BN=16, BP=32)
     return loss, scales
 
 
@@ -595,7 +598,7 @@ def _boundary_loss_backward(
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if launchable(logits) and logits.numel():
         logits, target, mask = rows(logits), rows(target), rows(mask)
-        tiling = _boundary_tiling(t)
+        tiling = _boundary_tiling(logits)
         tiles = cdiv(t, tiling["BT"])
         launch(
             _boundary_loss_backward_kernel, (n * tiles,), grad_loss, logits, target, mask, pos_weight, scales, grad,

@@ -13,13 +13,7 @@ from operators import converted, gradients, lengths_mask
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from trgnet.kernels import (
-    BackendError,
-    boundary_loss,
-    class_loss,
-    frame_similarity,
-    operator,
-)
+from trgnet.kernels import BackendError, boundary_loss, class_loss, frame_loss, frame_similarity, operator
 from trgnet.kernels.launch import Target, record_launches
 
 pytest.importorskip("triton")
@@ -141,15 +135,22 @@ def test_half_precision(name: str):
     assert_close([gradient.cpu()], truth[-1:], 1e-3)
 
 
-@pytest.mark.parametrize("k, t", [(2, 20_000), (17, 3_001)])
-def test_long_sequences(k: int, t: int):
-    """Some programs have several tiles, and several programs a sequence."""
-    args = class_arguments(2, k, t)
-    truth = results("class_loss", args, torch.float64, "reference")
-    assert_close(results("class_loss", args), truth, 1e-5)
-    args = boundary_arguments(2, t)
-    truth = results("boundary_loss", args, torch.float64, "reference")
-    assert_close(results("boundary_loss", args), truth, 1e-5)
+def assert_as_the_reference(name: str, args: tuple, relative: float) -> None:
+    assert_close(results(name, args), results(name, args, torch.float64, "reference"), relative)
+
+
+def test_long_sequences():
+    assert_as_the_reference("class_loss", class_arguments(1, 2, 20_000), 1e-5)
+    assert_as_the_reference("boundary_loss", boundary_arguments(1, 20_000), 1e-5)
+
+
+@pytest.mark.parametrize("enough", [frame_loss.ENOUGH_PROGRAMS, 6])
+def test_parts_of_sequences(enough: int, monkeypatch: pytest.MonkeyPatch):
+    """More parts than are read at once; or few, which have several tiles, the last one fewer."""
+    monkeypatch.setattr(frame_loss, "ENOUGH_PROGRAMS", enough)
+    assert frame_loss._parts(2, 22) == ((22, 1) if enough > 6 else (3, 8))
+    assert_as_the_reference("class_loss", class_arguments(2, 52, 700), 5e-6)
+    assert_as_the_reference("boundary_loss", boundary_arguments(2, 7_001), 5e-6)
 
 
 def test_sequences_without_a_pair_or_a_label():
@@ -334,9 +335,9 @@ def test_nothing_waits_for_a_gpu():
 
 
 def test_what_the_kernels_cannot_take_is_said():
-    logits, labels, similarity, mask, weights = class_arguments(1, 513, 2)
+    logits, labels, similarity, mask, weights = class_arguments(1, 257, 2)
     single = converted((logits, labels, similarity, mask, weights), torch.float32, DEVICE)
-    with pytest.raises(BackendError, match="513 classes; the kernels take 1 to 512"):
+    with pytest.raises(BackendError, match="257 classes; the kernels take 1 to 256"):
         class_loss(*single, backend="triton")
     args = converted(arguments("class_loss"), torch.float32, DEVICE)
     with pytest.raises(BackendError, match="other than the logits requires a gradient"):
