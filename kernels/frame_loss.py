@@ -24,14 +24,14 @@ Backward, with W = sum w[label], c_n = 1/(N K (T_n - 1)), and g_c, g_s, g_b the 
 with exp(later) 0 at t = 0 and exp(earlier) 0 at t = T_n - 1. What padded frames hold changes nothing; their gradient
 is 0.
 
-Shapes: logits (N, K, T), labels (N, T), similarity (N, T), mask (N, 1, T), x (N, C, V, T).
+Shapes: logits (N, K, T), labels (N, T), similarity (N, T), mask (N, 1, T) bool, x (N, C, V, T).
 Source: Y. Ishikawa et al., ASRF, arXiv 2007.06866 (Gaussian similarity-weighted truncated MSE).
 
 The kernels of the class loss read the logits twice forward, as d needs the sums over a whole sequence, and once
 backward, in three launches and one. A program sees all classes of a block of frames, so that both softmaxes come from
-one load. Each sequence has at most 128 parts, whose sums the second launch puts together anew in each program: that
-saves a launch, and limits what it reads to 128 values for each class. The boundary loss reads its logits once forward,
-in two launches, and once backward. Every sum is taken in float32 and in a fixed order.
+one load. The second launch puts the sums of a sequence's parts together anew in each program, which saves a launch;
+there are at most 128 parts, so that the work stays proportional to the length. The boundary loss reads its logits once
+forward, in two launches, and once backward. Every sum is taken in float32 and in a fixed order.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ from .precision import widened
 IGNORE = 255
 """Label of frames that belong to no class: padding, and unannotated frames."""
 TRUNCATION = 16.0
-MOST_CLASSES = 256
-"""That the kernels take: a program holds all classes of its frames in registers."""
+LEAST_CLASSES, MOST_CLASSES = 16, 256
+"""Of a tile: a program holds all classes of its frames in registers, and its sums in aligned rows."""
 ENOUGH_PROGRAMS, MOST_PARTS = 264, 128
 """How many programs are enough for a large GPU, and into how many parts a sequence is split at most."""
 
@@ -382,19 +382,23 @@ def _warps(threads: int, tensor: Tensor) -> int:
 def _class_tiling(logits: Tensor) -> dict[str, int]:
     """What a launch is told: all classes of at least 16 frames, 8 values (16 bytes in half precision) for each thread."""
     _, k, t = logits.shape
-    classes = power_of_two(k)
-    frames = min(1024, max(16, 2048 // classes))
-    threads = max(256, classes * frames // 8)
-    return {"BK": classes, "BT": frames, "UNIT": unit(t), "num_warps": _warps(threads, logits)}
+    classes = power_of_two(k, LEAST_CLASSES)
+    frames = max(16, 2048 // classes)
+    return {"BK": classes, "BT": frames, "UNIT": unit(t), "num_warps": _warps(classes * frames // 8, logits)}
 
 
 def _class_loss_forward(
     logits: Tensor, labels: Tensor, similarity: Tensor, mask: Tensor, class_weights: Optional[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both losses; of each class the sums of a sequence (N, 5, BK), and what its losses are divided by (1 + N,)."""
+    """Both losses, and what ``backward`` needs.
+
+    Of each class of a sequence (N, 3, BK): log-sum-exp of its later and of its earlier logits, total of its slopes.
+    (1 + N,): 1 / W, and c of each sequence.
+    """
     n, k, t = logits.shape
     cross_entropy, smoothness, classes, scales = (
-        logits.new_empty(shape, dtype=torch.float32) for shape in ((), (), (n, 3, power_of_two(k)), (n + 1,))
+        logits.new_empty(shape, dtype=torch.float32)
+        for shape in ((), (), (n, 3, power_of_two(k, LEAST_CLASSES)), (n + 1,))
     )
     if not launchable(logits):
         return cross_entropy, smoothness, classes, scales
@@ -402,7 +406,7 @@ def _class_loss_forward(
         return cross_entropy.zero_(), smoothness.fill_(0.0 if n else torch.nan), classes, scales
     logits, labels, similarity, mask = rows(logits), rows(labels), rows(similarity), rows(mask)
     tiling = _class_tiling(logits)
-    tiles, block = cdiv(t, tiling["BT"]), min(MOST_PARTS, max(1, 1024 // tiling["BK"]))
+    tiles, block = cdiv(t, tiling["BT"]), 1024 // tiling["BK"]
     parts, per_part = _parts(n, tiles)
     programs, length = n * parts, t // tiling["UNIT"]
     powers = logits.new_empty(programs, 2, tiling["BK"], dtype=torch.float32)
@@ -640,7 +644,8 @@ def class_loss(
 
     Args:
         logits: Tensor (N, K, T).
-        labels: int64 Tensor (N, T). Classes 0..K-1; 255 is ignored by the cross-entropy.
+        labels: int64 Tensor (N, T). Classes 0..K-1; 255 is ignored by the cross-entropy. With another label on a real
+            frame the reference raises, or asserts on a GPU; the kernels make the cross-entropy NaN.
         similarity: Tensor (N, T). From :func:`frame_similarity`.
         mask: bool Tensor (N, 1, T). True on real frames.
         class_weights: Tensor (K,), optional.
