@@ -205,12 +205,15 @@ def _drift(later, earlier):
 
 @device_function
 def _squared_steps(z, before, drift, weight, pair, TRUNCATION: tl.constexpr):
-    """Weighted truncated squares of the steps from ``before`` to ``z`` [BK, BT], and their derivatives; 0 off pairs."""
+    """Weighted truncated squares of the steps from ``before`` to ``z`` [BK, BT], and their derivatives; 0 off pairs.
+
+    So they are on the rows that a tile has beyond the classes, whose logits and drift are 0.
+    """
     step = z - before - drift[:, None]
     squared = step * step
     beyond = squared > TRUNCATION  # not so for NaN, which stays one
-    loss = tl.where(pair, weight[None, :] * tl.where(beyond, TRUNCATION, squared), 0.0)
-    return loss, tl.where(pair, tl.where(beyond, 0.0, 2.0 * weight[None, :] * step), 0.0)
+    loss = tl.where(pair[None, :], weight[None, :] * tl.where(beyond, TRUNCATION, squared), 0.0)
+    return loss, tl.where(pair[None, :], tl.where(beyond, 0.0, 2.0 * weight[None, :] * step), 0.0)
 
 
 @kernel
@@ -231,16 +234,16 @@ def _class_loss_sums_kernel(
         o_t = i_t * BT + tl.arange(0, BT)
         z = _logits(logits_ptr, i_n, o_k, o_t, K, T, 0)
         real, is_later, is_earlier = _frames(mask_ptr, i_n, o_t, T)
-        label, weight = _label_weights(labels_ptr, class_weights_ptr, i_n, o_t, real, K, T, IGNORE)
-        highest, _, total = _class_softmax(z, m_k)
-        at_label = tl.sum(tl.where(o_k[:, None] == label[None, :], z, 0.0), 0)
-        losses += tl.sum(tl.where(weight == 0.0, 0.0, weight * (highest - at_label + tl.log(total))))
-        weights += tl.sum(weight)
         pairs += tl.sum(is_later.to(tl.float32))
         in_later = tl.where(m_k[:, None] & is_later[None, :], z, float("-inf"))
         in_earlier = tl.where(m_k[:, None] & is_earlier[None, :], z, float("-inf"))
         later_max, later_sum = _add_powers(later_max, later_sum, in_later, 1)
         earlier_max, earlier_sum = _add_powers(earlier_max, earlier_sum, in_earlier, 1)
+        label, weight = _label_weights(labels_ptr, class_weights_ptr, i_n, o_t, real, K, T, IGNORE)
+        highest, _, total = _class_softmax(z, m_k)
+        at_label = tl.sum(tl.where(o_k[:, None] == label[None, :], z, 0.0), 0)
+        losses += tl.sum(tl.where(weight == 0.0, 0.0, weight * (highest - at_label + tl.log(total))))
+        weights += tl.sum(weight)
     place = powers_ptr + i.to(tl.int64) * 2 * BK + o_k
     tl.store(place, later_max + tl.log(later_sum))
     tl.store(place + BK, earlier_max + tl.log(earlier_sum))
@@ -260,7 +263,6 @@ def _class_loss_steps_kernel(
     i = tl.program_id(0)
     i_n, i_p = i // PARTS, i % PARTS
     o_k = tl.arange(0, BK)
-    m_k = o_k < K
 
     later_max, later_sum = _no_powers(BK)
     earlier_max, earlier_sum = _no_powers(BK)
@@ -290,8 +292,7 @@ def _class_loss_steps_kernel(
         before = _logits(logits_ptr, i_n, o_k, o_t, K, T, -1)
         _, is_later, _ = _frames(mask_ptr, i_n, o_t, T)
         weight = scale * _similarity(similarity_ptr, i_n, o_t, T)
-        pair = m_k[:, None] & is_later[None, :]
-        loss, slope = _squared_steps(z, before, drift, weight, pair, TRUNCATION)
+        loss, slope = _squared_steps(z, before, drift, weight, is_later, TRUNCATION)
         losses += tl.sum(tl.sum(loss, 1), 0)
         slopes += tl.sum(slope, 1)
     tl.store(sums_ptr + 3 * PROGRAMS + i, losses)
@@ -339,13 +340,6 @@ def _class_loss_backward_kernel(
     m_k = o_k < K
     z = _logits(logits_ptr, i_n, o_k, o_t, K, T, 0)
     real, is_later, is_earlier = _frames(mask_ptr, i_n, o_t, T)
-    in_later, in_earlier = m_k[:, None] & is_later[None, :], m_k[:, None] & is_earlier[None, :]
-
-    label, weight = _label_weights(labels_ptr, class_weights_ptr, i_n, o_t, real, K, T, IGNORE)
-    _, powers, total = _class_softmax(z, m_k)
-    grad = powers / total[None, :] - tl.where(o_k[:, None] == label[None, :], 1.0, 0.0)
-    weight *= tl.load(grad_cross_entropy_ptr).to(tl.float32) * tl.load(scales_ptr)
-    grad = tl.where((weight == 0.0)[None, :], 0.0, weight[None, :] * grad)
 
     place = classes_ptr + i_n.to(tl.int64) * 3 * BK + o_k
     later, earlier = tl.load(place), tl.load(place + BK)
@@ -355,15 +349,20 @@ def _class_loss_backward_kernel(
     scale = outer * tl.load(scales_ptr + 1 + i_n)
     before = _logits(logits_ptr, i_n, o_k, o_t, K, T, -1)
     weight = scale * _similarity(similarity_ptr, i_n, o_t, T)
-    _, slope = _squared_steps(z, before, drift, weight, in_later, TRUNCATION)
-    grad += slope
+    _, grad = _squared_steps(z, before, drift, weight, is_later, TRUNCATION)
     after = _logits(logits_ptr, i_n, o_k, o_t, K, T, 1)
     weight = scale * _similarity(similarity_ptr, i_n, o_t + 1, T)
-    _, slope = _squared_steps(after, z, drift, weight, in_earlier, TRUNCATION)
+    _, slope = _squared_steps(after, z, drift, weight, is_earlier, TRUNCATION)
     grad -= slope
     slopes = outer * slopes
-    grad -= tl.where(in_later, slopes[:, None] * tl.exp(z - later[:, None]), 0.0)
-    grad += tl.where(in_earlier, slopes[:, None] * tl.exp(z - earlier[:, None]), 0.0)
+    grad -= tl.where(is_later[None, :], slopes[:, None] * tl.exp(z - later[:, None]), 0.0)
+    grad += tl.where(is_earlier[None, :], slopes[:, None] * tl.exp(z - earlier[:, None]), 0.0)
+
+    label, weight = _label_weights(labels_ptr, class_weights_ptr, i_n, o_t, real, K, T, IGNORE)
+    weight *= tl.load(grad_cross_entropy_ptr).to(tl.float32) * tl.load(scales_ptr)
+    _, powers, total = _class_softmax(z, m_k)
+    powers = powers / total[None, :] - tl.where(o_k[:, None] == label[None, :], 1.0, 0.0)
+    grad += tl.where((weight == 0.0)[None, :], 0.0, weight[None, :] * powers)
     out = grad_ptr + i_n.to(tl.int64) * K * T + (o_k[:, None] * T + o_t[None, :])
     tl.store(out, grad.to(grad_ptr.dtype.element_ty), mask=m_k[:, None] & (o_t < T)[None, :])
 
