@@ -27,7 +27,7 @@ def _segment_mean_reference(x: Tensor, batch: Tensor, start: Tensor, length: Ten
     lengths = edges.diff(prepend=edges.new_zeros(1), append=edges.new_full((1,), frames))
     rows = rearrange(widened(x), "n f t -> (n t) f")
     sums = torch.segment_reduce(rows, "sum", lengths=lengths, axis=0, unsafe=True, initial=0)[1::2]
-    return (sums / length.unsqueeze(1)).to(x.dtype)
+    return (sums / length.clamp(min=1).unsqueeze(1)).to(x.dtype)
 
 
 def _pairwise_distance_reference(f: Tensor) -> Tensor:
