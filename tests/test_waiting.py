@@ -16,7 +16,6 @@ from trgnet import step_graphs
 from trgnet.progress import TrainingProgress
 from trgnet.trainer import LossWatch, Trainer
 
-
 FEW_STEPS = ("train.log_every=1000", "train.batch_size=1", "data.options.recordings=4")
 
 
