@@ -157,7 +157,12 @@ def collate(
     if buckets:
         missing = bucket(len(segments), SEGMENT_MULTIPLE) - len(segments)
         segments += [(count - 1, frames, 0, IGNORE)] * missing
-    columns = torch.tensor(segments, dtype=torch.int64).reshape(-1, 4).T.contiguous()
+    # A copy in any case: one row's transpose counts as contiguous, and its columns would be 4 apart.
+    columns = (
+        torch.tensor(segments, dtype=torch.int64)
+        .reshape(-1, 4)
+        .T.clone(memory_format=torch.contiguous_format)
+    )
     return Batch(
         x=torch.from_numpy(x),
         mask=torch.from_numpy(mask),
