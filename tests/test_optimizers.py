@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from allocations import PoisonedMemory
 from torch.optim.lr_scheduler import LambdaLR
 from trgnet.optimizers import (
     OPTIMIZERS,
@@ -179,6 +180,26 @@ def test_a_state_continues_on_another_kind_of_device(name: str, monkeypatch: pyt
     assert used == pytest.approx(expected, rel=1e-6)
     for got, truth in zip(weights, alone[0], strict=True):
         torch.testing.assert_close(got, truth.detach(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_first_step_that_is_skipped_on_the_device_leaves_no_trace(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(builders, "_on_gpu", lambda params: True)
+    results = []
+    for overflows in (False, True):
+        params = [torch.nn.Parameter(p.detach().float()) for p in parameters()]
+        with PoisonedMemory():
+            optimizer = build_optimizer(params, name=name, lr=0.1, weight_decay=0.1)
+            if overflows:
+                before = [p.detach().clone() for p in params]
+                optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.ones(())
+                assert all(map(torch.equal, step(params, optimizer, times=1), before))
+                del optimizer.grad_scale, optimizer.found_inf
+            results.append(step(params, optimizer))
+    for skipped, plain in zip(*results, strict=True):
+        assert torch.equal(skipped, plain)
 
 
 def test_a_state_takes_the_settings_of_the_optimizer_it_is_given_to():

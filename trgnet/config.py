@@ -157,7 +157,7 @@ class TrainConfig(Section):
     cuda_graph: bool = Field(
         False,
         description="Start whole training steps as CUDA graphs; batches are padded further, to few lengths. "
-        "Takes up to twice the memory. For one GPU, without accumulate and compile.",
+        "Takes more memory. For one GPU, without accumulate and compile.",
     )
     compile: bool = Field(False, description="Train the network through torch.compile.")
     device: str = Field("auto", description="Device of torch ('cpu', 'cuda', 'cuda:1'); auto: a GPU if any.")

@@ -29,8 +29,8 @@ Capture = Callable[[Callable[[], Terms]], Callable[[], Terms]]
 MOST_GRAPHS = 32
 """Sizes that are recorded; batches of others are trained on without a graph.
 
-Each keeps a copy of its batch. None is ever given up for another: that would free no shared memory, and with many
-sizes record at every step.
+Each keeps a copy of its batch. None is given up for another: with more sizes than this a step would be recorded
+again and again.
 """
 
 

@@ -874,6 +874,7 @@ class LossWatch:
         self.recordings = batch.names
         values = [term.detach().float() for term in terms.values()]
         frames = torch.full_like(values[0], sum(batch.lengths))
+        # torch.stack copies them: the next replay of a CUDA graph overwrites its own.
         self._waiting.append((torch.stack([*values, frames]), batch.names, step))
 
     def look(self) -> None:
