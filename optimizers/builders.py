@@ -64,9 +64,8 @@ def build_optimizer(
             # A schedule computes with the number that it finds under "initial_lr".
             group["initial_lr"] = group["lr"]
             group["lr"] = torch.full((), group["lr"], dtype=torch.float32, device=device)
-            if group.get(
-                "momentum"
-            ):  # torch makes it in the first step, without values where that is skipped
+            # torch makes the momentum in the first step, and without values where that one is skipped.
+            if group.get("momentum"):
                 for param in group["params"]:
                     optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
     return optimizer
