@@ -28,7 +28,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Build an optimizer of ``torch.optim``.
 
-    On a GPU its step is one fused kernel that waits for nothing: the learning rate is a tensor there, which a
+    On a GPU its step is fused and waits for nothing: the learning rate is a tensor there, which a
     schedule fills in place, and a step with gradients that overflowed in float16 is skipped on the device.
 
     Args:
@@ -59,21 +59,25 @@ def build_optimizer(
     else:
         raise ValueError(_unknown("optimizer", name, OPTIMIZERS))
     if on_gpu:
-        for group in optimizer.param_groups:
-            device = group["params"][0].device
-            # A schedule computes with the number that it finds under "initial_lr".
-            group["initial_lr"] = group["lr"]
-            group["lr"] = torch.full((), group["lr"], dtype=torch.float32, device=device)
-            # torch makes the momentum in the first step, and without values where that one is skipped.
-            if group.get("momentum"):
-                for param in group["params"]:
-                    optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
+        _keep_on_gpu(optimizer)
     return optimizer
 
 
 def _on_gpu(params: Sequence[torch.Tensor] | Sequence[dict[str, Any]]) -> bool:
     groups = [entry["params"] if isinstance(entry, dict) else [entry] for entry in params]
     return all(param.is_cuda for group in groups for param in group)
+
+
+def _keep_on_gpu(optimizer: torch.optim.Optimizer) -> None:
+    """Put what a step reads where the step is done."""
+    for group in optimizer.param_groups:
+        # A schedule computes with the number that it finds under "initial_lr".
+        group["initial_lr"] = group["lr"]
+        group["lr"] = torch.full((), group["lr"], dtype=torch.float32, device=group["params"][0].device)
+        # torch makes the momentum in the first step, and without values where that one is skipped.
+        if group.get("momentum"):
+            for param in group["params"]:
+                optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
 
 
 def build_schedule(
