@@ -29,7 +29,7 @@ from .frame_tiles import (
     tile_constants,
     warps,
 )
-from .launch import device_function, kernel, launch, tl, unit
+from .launch import device_function, kernel, launch, target_of, tl, unit
 
 
 @device_function
@@ -185,8 +185,9 @@ def launch_dilated_conv_backward(
     per_sequence, steps = division
     constants = tile_constants(x, frames)
     d, stride = dilation_arguments(d)
+    apart = needs_split_products(x) or (norm is not None and target_of(x).backend == "hip")
     launch(
         _dilated_conv_backward_kernel, (n * per_sequence,), grad, mask, x, weight, gr,
         *(norm or (None, None, None, None)), grad_x, parts, d, t // constants["UNIT"], per_sequence, steps,
-        parts.shape[1], APART=needs_split_products(x), num_warps=warps(x), **stride, **constants,
+        parts.shape[1], APART=apart, num_warps=warps(x), **stride, **constants,
     )  # fmt: skip

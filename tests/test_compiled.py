@@ -45,10 +45,25 @@ KERNELS = {
         ),
         "combine_parts": SUMS,
     },
+    "attention_layer": {
+        **dict.fromkeys(
+            (
+                f"attention_{part}"
+                for part in ("key_value", "output", "output_backward", "key_value_backward")
+            ),
+            PRODUCT,
+        ),
+        **dict.fromkeys(("attention_conv", "attention_weights_backward", "dilated_conv_backward"), DILATED),
+        "attention_pack": SUMS,
+    },
     "fusion_layer": dict.fromkeys(("fusion_layer_forward", "fusion_layer_backward"), PRODUCT),
     "dilated_residual": dict.fromkeys(
         ("dilated_residual_forward", "dilated_residual_backward", "dilated_conv_backward"), DILATED
     ),
+    "class_loss": dict.fromkeys(
+        (f"class_loss_{part}" for part in ("sums", "steps", "totals", "backward")), SUMS
+    ),
+    "boundary_loss": dict.fromkeys((f"boundary_loss_{part}" for part in ("sums", "mean", "backward")), SUMS),
     "segment_mean": dict.fromkeys(("segment_mean_forward", "segment_mean_backward"), SUMS),
     "pairwise_distance": dict.fromkeys(("pairwise_distance_forward", "pairwise_distance_backward"), SUMS),
 }

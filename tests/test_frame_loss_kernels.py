@@ -205,46 +205,6 @@ def test_nan_in_a_real_frame_shows():
         assert all(r.isnan().any() for r in results(name, args))
 
 
-# The backward formulas of the kernels' documentation, apart from the kernels.
-
-
-def class_loss_backward(grad_cross_entropy, grad_smoothness, logits, labels, similarity, mask, class_weights):
-    n, k, t = logits.shape
-    real = mask[:, 0]
-    weight = torch.where(labels == 255, 0, class_weights[labels.clamp(max=k - 1)])
-    one_hot = torch.nn.functional.one_hot(labels.clamp(max=k - 1), k).transpose(1, 2)
-    grad = grad_cross_entropy * weight.unsqueeze(1) / weight.sum() * (logits.softmax(1) - one_hot)
-    slope = torch.zeros(n, k, t + 1, dtype=logits.dtype)
-    for i, length in enumerate(real.sum(1).tolist()):
-        z = logits[i, :, :length]
-        later, earlier = z[:, 1:].log_softmax(1), z[:, :-1].log_softmax(1)
-        step = later - earlier
-        slope[i, :, 1:length] = (
-            2 / (n * k * max(1, length - 1)) * similarity[i, 1:length] * step * (step.square() <= 16)
-        )
-        total = slope[i].sum(1, keepdim=True)
-        grad[i, :, 1:length] -= grad_smoothness * total * later.exp()
-        grad[i, :, : max(0, length - 1)] += grad_smoothness * total * earlier.exp()
-    return grad + grad_smoothness * (slope[..., :-1] - slope[..., 1:])
-
-
-def boundary_loss_backward(grad_loss, logits, target, mask, pos_weight):
-    y, frames = target.unsqueeze(1), mask.sum(2, keepdim=True)
-    each = (1 - y) * torch.sigmoid(logits) - pos_weight * y * torch.sigmoid(-logits)
-    return grad_loss / (len(logits) * frames) * mask * each
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_backward_formulas_in_float64(name: str):
-    args = arguments(name)
-    outputs = as_tuple(operator(name).reference(*args))
-    weights = [torch.tensor(0.7 + i).double() for i in range(len(outputs))]
-    (expected,) = torch.autograd.grad(outputs, args[0], weights)
-    with torch.no_grad():
-        got = globals()[f"{name}_backward"](*weights, *args)
-    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_repeats_are_bitwise_equal_in_poisoned_memory(name: str):
     """A value that no program wrote would be NaN; a sum in changing order would differ."""
