@@ -59,6 +59,7 @@ convolution there than that of 3.7, the release that torch comes with."""
 
 
 MADE_NARROW = {
+    "attention_layer": (0, 2),
     "dynamic_graph_conv": (1,),
     "masked_batch_norm": (0, 4),
     "fusion_layer": (0, 1),

@@ -29,7 +29,7 @@ from .frame_tiles import (
     tile_constants,
     warps,
 )
-from .launch import device_function, kernel, launch, tl, unit
+from .launch import device_function, kernel, launch, target_of, tl, unit
 
 
 @device_function
@@ -82,18 +82,6 @@ def _direct(grad_ptr, mask_ptr, o_f, t, F, T):
     return tl.where(load_real(mask_ptr, t, T)[None, :], grad, 0.0)
 
 
-@device_function
-def _sum_of_parts(sums_ptr, o_f, F, P, row):
-    """Sum [BF] over the P parts of a sequence, ``row`` apart."""
-    total, o_p = tl.zeros_like(o_f).to(tl.float32), tl.arange(0, 16)
-    for i in range(0, P, 16):
-        inside = (i + o_p < P)[:, None] & (o_f < F)[None, :]
-        total += tl.sum(
-            tl.load(sums_ptr + ((i + o_p)[:, None] * row + o_f[None, :]), mask=inside, other=0.0), 0
-        )
-    return total
-
-
 @kernel
 def _dilated_conv_backward_kernel(
     grad_ptr, mask_ptr, x_ptr, weight_ptr, gr_ptr, gh_ptr, o_ptr, stats_ptr, sums_ptr, grad_x_ptr, parts_ptr, d, T, P,
@@ -121,9 +109,8 @@ def _dilated_conv_backward_kernel(
         stats_ptr += i_n * (2 * F + 1)
         mean, rstd = load_vector(stats_ptr, o_f, F), load_vector(stats_ptr + F, o_f, F)
         count = tl.load(stats_ptr + 2 * F)
-        sums_ptr += i_n * P * (2 * F)
-        mean_g = _sum_of_parts(sums_ptr, o_f, F, P, 2 * F) / count
-        mean_gh = _sum_of_parts(sums_ptr + F, o_f, F, P, 2 * F) / count
+        sums_ptr += i_n * (2 * F)
+        mean_g, mean_gh = load_vector(sums_ptr, o_f, F) / count, load_vector(sums_ptr + F, o_f, F) / count
     norm = gh_ptr, o_ptr, mask_ptr, mean, rstd, mean_g, mean_gh
     gb = tl.zeros([BF], tl.float32)
     if APART:
@@ -191,15 +178,16 @@ def launch_dilated_conv_backward(
 ) -> None:
     """Write the gradient of x, and of weight and bias into the first columns of ``parts`` (programs, columns).
 
-    ``gr`` is gz itself, or, with ``norm`` = (gh, y, statistics of the norm, sums of gh and gh h), what reaches y beside
+    ``gr`` is gz itself, or, with ``norm`` = (gh, y, statistics of the norm, sums over time of gh and gh h (N, 2F)), what reaches y beside
     the norm. ``division`` is that of :func:`.frame_tiles.split` in tiles of ``frames``.
     """
     n, _, t = x.shape
     per_sequence, steps = division
     constants = tile_constants(x, frames)
     d, stride = dilation_arguments(d)
+    apart = needs_split_products(x) or (norm is not None and target_of(x).backend == "hip")
     launch(
         _dilated_conv_backward_kernel, (n * per_sequence,), grad, mask, x, weight, gr,
         *(norm or (None, None, None, None)), grad_x, parts, d, t // constants["UNIT"], per_sequence, steps,
-        parts.shape[1], APART=needs_split_products(x), num_warps=warps(x), **stride, **constants,
+        parts.shape[1], APART=apart, num_warps=warps(x), **stride, **constants,
     )  # fmt: skip

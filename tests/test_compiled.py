@@ -28,6 +28,7 @@ class Work:
     """Whether it moves rows of frames, in 16-byte accesses where lengths are multiples of 16."""
 
 
+WITH_JOINTS = ("multiscale_graph_conv", "dynamic_graph_conv", "masked_batch_norm")
 PRODUCT, ROWS, SUMS = Work(matrix=True, rows=True), Work(rows=True), Work()
 # Most accesses in the code of a program are those of a weight (F, F, 3) and its gradient, once each, with stride 3.
 DILATED = Work(matrix=True)
@@ -44,10 +45,25 @@ KERNELS = {
         ),
         "combine_parts": SUMS,
     },
+    "attention_layer": {
+        **dict.fromkeys(
+            (
+                f"attention_{part}"
+                for part in ("key_value", "output", "output_backward", "key_value_backward")
+            ),
+            PRODUCT,
+        ),
+        **dict.fromkeys(("attention_conv", "attention_weights_backward", "dilated_conv_backward"), DILATED),
+        "attention_pack": SUMS,
+    },
     "fusion_layer": dict.fromkeys(("fusion_layer_forward", "fusion_layer_backward"), PRODUCT),
     "dilated_residual": dict.fromkeys(
         ("dilated_residual_forward", "dilated_residual_backward", "dilated_conv_backward"), DILATED
     ),
+    "class_loss": dict.fromkeys(
+        (f"class_loss_{part}" for part in ("sums", "steps", "totals", "backward")), SUMS
+    ),
+    "boundary_loss": dict.fromkeys((f"boundary_loss_{part}" for part in ("sums", "mean", "backward")), SUMS),
     "segment_mean": dict.fromkeys(("segment_mean_forward", "segment_mean_backward"), SUMS),
     "pairwise_distance": dict.fromkeys(("pairwise_distance_forward", "pairwise_distance_backward"), SUMS),
 }
@@ -120,7 +136,12 @@ def test_products_run_on_the_matrix_units(published: list[dict]):
     ids=" ".join,
 )
 def test_other_skeletons_spill_nothing(tmp_path: Path, arguments: tuple[str, ...]):
-    assert compiled(tmp_path, *arguments)
+    assert compiled(tmp_path, *arguments, *(part for name in WITH_JOINTS for part in ("--operator", name)))
+
+
+def test_other_widths_spill_nothing(tmp_path: Path):
+    others = [part for name in OPERATORS if name not in WITH_JOINTS for part in ("--operator", name)]
+    assert compiled(tmp_path, "--features", "16", "--precision", "tf32", "--precision", "bfloat16", *others)
 
 
 def test_unaligned_lengths_spill_nothing_and_lose_the_wide_accesses(tmp_path: Path, published: list[dict]):

@@ -264,6 +264,9 @@ def test_segment_mean_leaves_out_frames_of_no_segment():
     x = torch.arange(12.0).view(1, 1, 12)
     means = kernels.segment_mean(x, *torch.tensor([[0, 0], [1, 7], [3, 2]]))
     assert means.squeeze(1).tolist() == [2.0, 7.5]
+    # A table that is filled up to a fixed size with segments of length 0.
+    means = kernels.segment_mean(x, *torch.tensor([[0, 0, 0, 0], [1, 7, 12, 12], [3, 2, 0, 0]]))
+    assert means.squeeze(1).tolist() == [2.0, 7.5, 0.0, 0.0]
     assert kernels.segment_mean(x, *torch.zeros(3, 0, dtype=torch.int64)).shape == (0, 1)
 
 

@@ -64,7 +64,8 @@ def step(model: TRGNet, dataset: Dataset, batch) -> tuple[list[Tensor], dict[str
     terms["total"].backward()
     real = batch.mask.squeeze(1)
     outputs = [o.transpose(1, 2)[real] for o in (*output.class_logits, *output.boundary_logits)]
-    return [*outputs, output.segment_features], terms, [p.grad.clone() for p in model.parameters()]
+    features = output.segment_features[batch.segments.length > 0]
+    return [*outputs, features], terms, [p.grad.clone() for p in model.parameters()]
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -75,6 +76,8 @@ def test_padding_changes_nothing_in_training(dataset: Dataset, dropout: bool):
         batch_of(dataset, pad_multiple=64),
         batch_of(dataset, pad_multiple=1, pad_to=203, garbage=1e3),
         batch_of(dataset, pad_multiple=16, garbage=float("nan")),
+        batch_of(dataset, buckets=True),
+        batch_of(dataset, pad_to=300, buckets=True, garbage=-7.0),
     ):
         padded = step(build(dataset, **options), dataset, batch)
         for ours, truth in zip(padded[0] + padded[2], tight[0] + tight[2], strict=True):
@@ -184,6 +187,33 @@ def test_text_losses_against_their_definition():
     loss = relative_loss(equal, labels[:4], graph)
     loss.backward()
     assert loss == 0 and torch.isfinite(equal.grad).all()
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 6])
+@pytest.mark.parametrize("padding", [1, 3, 40])
+def test_padded_segments_change_neither_text_losses_nor_gradients(count: int, padding: int):
+    torch.manual_seed(count)
+    embeddings, graph = torch.randn(3, 9).double(), torch.rand(3, 3).double()
+    f, labels = torch.randn(count, 9).double(), torch.tensor([0, 2, 2, 1, 0, 2])[:count]
+    garbage = 1e3 * torch.randn(padding, 9).double()
+    garbage[0] = 0.0
+    results = []
+    for rows, classes in (
+        (f, labels),
+        (torch.cat([f, garbage]), torch.cat([labels, torch.full((padding,), 255)])),
+    ):
+        rows, scale = rows.requires_grad_(), torch.tensor([2.5], dtype=torch.float64, requires_grad=True)
+        absolute, relative = (
+            absolute_loss(rows, classes, embeddings, scale),
+            relative_loss(rows, classes, graph),
+        )
+        (2 * absolute + relative).backward()
+        assert not rows.grad[count:].any()
+        results.append((absolute, relative, rows.grad[:count], scale.grad))
+    for got, truth in zip(*results):
+        torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-14)
+    assert (results[1][0] == 0) == (count < 2) and (results[1][1] == 0) == (count < 2)
+    assert all(torch.isfinite(value).all() for value in results[1])
 
 
 def test_memory_of_a_step_is_bounded_by_the_feature_map(dataset: Dataset):

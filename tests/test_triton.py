@@ -403,6 +403,65 @@ def masked_batch_norm_backward(
     return w * rstd * centred * real, grad_weight, grad_bias, g
 
 
+def attention_layer_backward(
+    grad, x, mask, source, conv_weight, conv_bias, wqk, bqk, wv, bv, wo, bo, wc, bc, seeds, dilation, heads, scale, *_
+):  # fmt: skip
+    """Of the decoder form."""
+    n, f, t = x.shape
+
+    def tap(a, j):
+        """a at frames t + (j - 1) d, zero outside."""
+        return functional.pad(a, (dilation, dilation))[..., j * dilation : j * dilation + t]
+
+    def product(weight, a):
+        return torch.einsum("of,nft->not", weight, a)
+
+    def of_product(weight, g, a):
+        """Gradients of a product's input, weight and bias."""
+        return product(weight.T, g), torch.einsum("not,nft->of", g, a), g.sum((0, 2))
+
+    def per_head(a):
+        return a.unflatten(1, (heads, -1))
+
+    y = sum(product(conv_weight[..., j], tap(x, j)) for j in range(3)) + conv_bias[:, None]
+    o, count = torch.relu(y), mask.sum(2, keepdim=True)
+    mean = (o * mask).sum(2, keepdim=True) / count
+    rstd = 1 / torch.sqrt(((o - mean).square() * mask).sum(2, keepdim=True) / count + 1e-5)
+    h = (o - mean) * rstd * mask
+    query, key = torch.sigmoid(product(wqk, h) + bqk[:, None]).chunk(2, 1)
+    key = key * mask
+    value = product(wv, source) + bv[:, None]
+    sums = torch.einsum("nhvt,nhkt->nhvk", per_head(value), per_head(key))
+    keys = (per_head(key).sum(3) + 1e-6).unsqueeze(3)
+    normaliser = (keys * per_head(query)).sum(2, keepdim=True)
+    attended = torch.einsum("nhvk,nhkt->nhvt", sums, per_head(query)) / normaliser
+    r = scale * (product(wo, attended.flatten(1, 2)) + bo[:, None]) + o
+
+    direct = grad * mask
+    gr, output_gw, output_gb = of_product(wc, direct, r)
+    ga, attention_gw, attention_gb = of_product(wo, scale * gr, attended.flatten(1, 2))
+    u = per_head(ga) / normaliser
+    share = (u * attended).sum(2, keepdim=True)
+    g_query = torch.einsum("nhvk,nhvt->nhkt", sums, u) - keys * share
+    g_sums = torch.einsum("nhvt,nhkt->nhvk", u, per_head(query))
+    g_keys = -(per_head(query) * share).sum(3, keepdim=True)
+    g_value = torch.einsum("nhvk,nhkt->nhvt", g_sums, per_head(key)).flatten(1, 2)
+    g_key = (torch.einsum("nhvk,nhvt->nhkt", g_sums, per_head(value)) + g_keys).flatten(1, 2)
+    g = torch.cat([g_query.flatten(1, 2) * query * (1 - query), g_key * key * (1 - key)], 1)
+    gh, query_key_gw, query_key_gb = of_product(wqk, g, h)
+    grad_source, value_gw, value_gb = of_product(wv, g_value, source)
+
+    means = [(gh * a * mask).sum(2, keepdim=True) / count for a in (1, h)]
+    gz = (gr + rstd * (gh - means[0] - h * means[1])) * mask * (y > 0)
+    return (
+        direct + sum(product(conv_weight[..., j].T, tap(gz, 2 - j)) for j in range(3)),
+        grad_source,
+        torch.stack([torch.einsum("not,nft->of", gz, tap(x, j)) for j in range(3)], 2),
+        gz.sum((0, 2)),
+        *(query_key_gw, query_key_gb, value_gw, value_gb, attention_gw, attention_gb, output_gw, output_gb),
+    )
+
+
 def fusion_layer_backward(grad, x, spatial, mask, w1, b1, w2, b2, seed, p):
     z = torch.einsum("of,nft->not", w1, x) + spatial + b1[:, None]
     distribution = (1 + torch.erf(z / 2**0.5)) / 2
@@ -437,6 +496,32 @@ def dilated_residual_backward(grad, x, mask, conv_weight, conv_bias, weight, bia
         torch.einsum("not,nft->of", gc, torch.relu(y)),
         gc.sum((0, 2)),
     )
+
+
+def class_loss_backward(grad_cross_entropy, grad_smoothness, logits, labels, similarity, mask, class_weights):
+    n, k, t = logits.shape
+    real = mask[:, 0]
+    weight = torch.where((labels == 255) | ~real, 0, class_weights[labels.clamp(max=k - 1)])
+    one_hot = functional.one_hot(labels.clamp(max=k - 1), k).transpose(1, 2)
+    grad = grad_cross_entropy * weight.unsqueeze(1) / weight.sum() * (logits.softmax(1) - one_hot)
+    slope = torch.zeros(n, k, t + 1, dtype=logits.dtype)
+    for i, length in enumerate(real.sum(1).tolist()):
+        z = logits[i, :, :length]
+        later, earlier = z[:, 1:].log_softmax(1), z[:, :-1].log_softmax(1)
+        step = later - earlier
+        slope[i, :, 1:length] = (
+            2 / (n * k * max(1, length - 1)) * similarity[i, 1:length] * step * (step.square() <= 16)
+        )
+        total = slope[i].sum(1, keepdim=True)
+        grad[i, :, 1:length] -= grad_smoothness * total * later.exp()
+        grad[i, :, : max(0, length - 1)] += grad_smoothness * total * earlier.exp()
+    return grad + grad_smoothness * (slope[..., :-1] - slope[..., 1:])
+
+
+def boundary_loss_backward(grad_loss, logits, target, mask, pos_weight):
+    y, frames = target.unsqueeze(1), mask.sum(2, keepdim=True)
+    each = (1 - y) * torch.sigmoid(logits) - pos_weight * y * torch.sigmoid(-logits)
+    return grad_loss / (len(logits) * frames) * mask * each
 
 
 def segment_mean_backward(grad, x, batch, start, length):
