@@ -47,7 +47,7 @@ from .frame_tiles import (
     unsupported_frames,
     warps,
 )
-from .launch import kernel, launch, launchable, rows, tl
+from .launch import kernel, launch, launchable, rows, tl, unit
 from .operator import Fused, Operator, check_mask, check_shapes
 from .pointwise import pointwise
 
@@ -137,9 +137,12 @@ def _dilated_residual_backward_kernel(
     store_gradients(parts_ptr, gw, gb, F * F, o_f, F)
 
 
-# Tiles by what compiles without spills on every architecture (python -m bench.compiled): three-fold tf32 products, whose
-# operands want the most room, in tiles of 32 frames and in backward in two passes.
-_BACKWARD_FRAMES = 32
+# Tiles and passes by what compiles without spills on every architecture (python -m bench.compiled). The operands of
+# three-fold tf32 products want the most room; rows that are not aligned want more than others.
+
+
+def _backward_frames(x: Tensor) -> int:
+    return 16 if needs_split_products(x) and unit(x.shape[2]) == 1 else 32
 
 
 def _forward(
@@ -190,7 +193,8 @@ def _backward(
     if not launchable(x) or not x.numel():
         return grad_x, x.new_zeros(columns, dtype=torch.float32)
     grad, x, mask, conv_weight = rows(grad), rows(x), rows(mask), conv_weight.contiguous()
-    constants, division = tile_constants(x, _BACKWARD_FRAMES), split(x, _BACKWARD_FRAMES)
+    frames = _backward_frames(x)
+    constants, division = tile_constants(x, frames), split(x, frames)
     gz, parts = torch.empty_like(x), x.new_empty(n * division[0], columns, dtype=torch.float32)
     seed, *dropout_numbers = dropout_arguments(p, seed)
     d, stride = dilation_arguments(dilation)
@@ -200,7 +204,7 @@ def _backward(
         PASSES=2 if needs_split_products(x) else 1, num_warps=warps(x), **stride, **constants,
     )  # fmt: skip
     launch_dilated_conv_backward(
-        grad, mask, x, conv_weight, dilation, gz, None, grad_x, parts, division, _BACKWARD_FRAMES
+        grad, mask, x, conv_weight, dilation, gz, None, grad_x, parts, division, frames
     )
     return grad_x, parts.sum(0)
 

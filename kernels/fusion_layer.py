@@ -43,7 +43,7 @@ from .frame_tiles import (
     unsupported_frames,
     warps,
 )
-from .launch import device_function, kernel, launch, launchable, planes, rows, target_of, tl
+from .launch import device_function, kernel, launch, launchable, planes, rows, target_of, tl, unit
 from .operator import Fused, Operator, check_mask, check_shapes
 from .pointwise import pointwise
 
@@ -117,7 +117,7 @@ def _fusion_layer_backward_kernel(
     parts_ptr, threshold, scale, spatial_stride, T, P, STEPS, PASSES: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
     BT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """In one or two PASSES over the frames of the program: the gradient of the second weight may come after all others."""
+    """In up to three PASSES over the frames of a program: gradients of x and spatial, of the first weight, of the second."""
     T = T * UNIT
     i_n, i_p = sequence_and_part(P)
     o_f, o_t = tl.arange(0, BF), tl.arange(0, BT)
@@ -139,19 +139,21 @@ def _fusion_layer_backward_kernel(
             z += _load_real_frames(spatial_ptr, real, o_f, t, F, T).to(tl.float32)
             distribution = _normal_distribution(z)
             grad = _load_real_frames(grad_ptr + plane, real, o_f, t, F, T)
-            if PASS == 0:
+            if PASS == 0 or PASS < PASSES - 1:
                 weight = load_matrix(weight2_ptr, o_f, o_f, F, 1, F, dtype)
                 gz = tl.dot(weight, grad.to(dtype), input_precision=PRECISION)
                 if seed_ptr is not None:
                     gz = dropped(gz, dropout_keys, t, threshold, scale)
                 density = 0.3989422804014327 * tl.exp2(-0.7213475204444817 * z * z)  # phi
                 gz = gz * (distribution + z * density)
-                store_frames(grad_spatial_ptr + plane, gz, o_f, t, F, T)
-                weight = load_matrix(weight1_ptr, o_f, o_f, F, 1, F, dtype)
-                grad_x = tl.dot(weight, gz.to(dtype), grad.to(tl.float32), input_precision=PRECISION)
-                store_frames(grad_x_ptr + plane, grad_x, o_f, t, F, T)
-                gw1 = tl.dot(gz.to(dtype), tl.trans(x), gw1, input_precision=PRECISION)
-                gb1 += tl.sum(gz, 1)
+                if PASS == 0:
+                    store_frames(grad_spatial_ptr + plane, gz, o_f, t, F, T)
+                    weight = load_matrix(weight1_ptr, o_f, o_f, F, 1, F, dtype)
+                    grad_x = tl.dot(weight, gz.to(dtype), grad.to(tl.float32), input_precision=PRECISION)
+                    store_frames(grad_x_ptr + plane, grad_x, o_f, t, F, T)
+                if PASS == PASSES - 2 or PASSES == 1:
+                    gw1 = tl.dot(gz.to(dtype), tl.trans(x), gw1, input_precision=PRECISION)
+                    gb1 += tl.sum(gz, 1)
             if PASS == PASSES - 1:
                 h = z * distribution
                 if seed_ptr is not None:
@@ -163,13 +165,22 @@ def _fusion_layer_backward_kernel(
     store_gradients(parts_ptr + F * F + F, gw2, gb2, F * F, o_f, F)
 
 
-# Tiles and passes by what compiles without spills on every architecture (python -m bench.compiled).
+# Tiles and passes by what compiles without spills on every architecture (python -m bench.compiled). The operands of
+# three-fold tf32 products want the most room; rows that are not aligned want more than others.
 
 
-def _backward_passes(x: Tensor) -> int:
+def _forward_frames(x: Tensor) -> int:
+    if unit(x.shape[2]) == 1:
+        return 16
+    return 32 if needs_split_products(x) else 64
+
+
+def _backward_form(x: Tensor) -> tuple[int, int]:
+    """Frames of a tile, and passes."""
+    if needs_split_products(x):
+        return 16, 3
     target = target_of(x)
-    roomy = target.backend == "cuda" and 90 <= target.arch < 120 and not needs_split_products(x)
-    return 1 if roomy else 2
+    return 32, 1 if target.backend == "cuda" and 90 <= target.arch < 120 else 2
 
 
 def _forward(
@@ -187,14 +198,13 @@ def _forward(
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if launchable(x) and x.numel():
         x, spatial, mask = rows(x), planes(spatial), rows(mask)
-        split_products = needs_split_products(x)
-        constants = tile_constants(x, 32 if split_products else 64)
+        constants = tile_constants(x, _forward_frames(x))
         per_sequence, steps = split(x, constants["BT"])
         seed, *dropout_numbers = dropout_arguments(p, seed)
         launch(
             _fusion_layer_forward_kernel, (n * per_sequence,), x, spatial, mask, weight1.contiguous(), bias1,
             weight2.contiguous(), bias2, seed, out, *dropout_numbers, spatial.stride(0) // constants["UNIT"],
-            t // constants["UNIT"], per_sequence, steps, num_warps=8 if split_products else 4, **constants,
+            t // constants["UNIT"], per_sequence, steps, num_warps=8 if needs_split_products(x) else 4, **constants,
         )  # fmt: skip
     return (out,)
 
@@ -220,14 +230,15 @@ def _backward(
     if not launchable(x) or not x.numel():
         return grad_x, grad_spatial, x.new_zeros(columns, dtype=torch.float32)
     grad, x, spatial, mask = rows(grad), rows(x), planes(spatial), rows(mask)
-    constants = tile_constants(x, 16 if needs_split_products(x) else 32)
+    frames, passes = _backward_form(x)
+    constants = tile_constants(x, frames)
     per_sequence, steps = split(x, constants["BT"])
     parts = x.new_empty(n * per_sequence, columns, dtype=torch.float32)
     seed, *dropout_numbers = dropout_arguments(p, seed)
     launch(
         _fusion_layer_backward_kernel, (n * per_sequence,), grad, x, spatial, mask, weight1.contiguous(), bias1,
         weight2.contiguous(), seed, grad_x, grad_spatial, parts, *dropout_numbers,
-        spatial.stride(0) // constants["UNIT"], t // constants["UNIT"], per_sequence, steps, PASSES=_backward_passes(x), num_warps=warps(x),
+        spatial.stride(0) // constants["UNIT"], t // constants["UNIT"], per_sequence, steps, PASSES=passes, num_warps=warps(x),
         **constants,
     )  # fmt: skip
     return grad_x, grad_spatial, parts.sum(0)
