@@ -66,7 +66,19 @@ from .frame_tiles import (
     warps,
     wide_precision,
 )
-from .launch import cdiv, device_function, kernel, launch, launchable, power_of_two, rows, target_of, tl, unit
+from .launch import (
+    cdiv,
+    constant,
+    device_function,
+    kernel,
+    launch,
+    launchable,
+    power_of_two,
+    rows,
+    target_of,
+    tl,
+    unit,
+)
 from .operator import Fused, Operator, check_mask, check_shapes
 from .pointwise import pointwise
 from .precision import widened, without_autocast
@@ -143,11 +155,11 @@ def _sigmoid_product(weight, h, bias, PRECISION: tl.constexpr):
     return tl.sigmoid(tl.dot(weight, h, input_precision=PRECISION) + bias[:, None])
 
 
-QUERY, KEY, VALUE, ATTENTION, OUTPUT = (tl.constexpr(i) for i in range(5))
+QUERY, KEY, VALUE, ATTENTION, OUTPUT = (constant(i) for i in range(5))
 """Places of the square weights among the packed ones."""
-TRANSPOSED = tl.constexpr(5)
+TRANSPOSED = constant(5)
 """Added to them, those of the transposed weights."""
-NORMALISED, ATTENDED, MIXED = (tl.constexpr(i) for i in range(5, 8))
+NORMALISED, ATTENDED, MIXED = (constant(i) for i in range(5, 8))
 """The right operands of the weights' gradients, h, what is attended to and r, behind the five left ones."""
 
 
@@ -534,7 +546,7 @@ def _forward(
         _attention_pack_kernel, (5,), query_key_weight.contiguous(), value_weight.contiguous(),
         attention_weight.contiguous(), output_weight.contiguous(), packed, one_head, HEAD=head, F=f, BF=width,
     )  # fmt: skip
-    x, mask, source = rows(x), rows(mask), None if source is None else rows(source)
+    x, mask, source = rows(x), rows(mask), None if source is None else rows(source.to(x.dtype))
     constants = tile_constants(x, _frames(x)) | {"num_warps": warps(x)}
     length, tiles = t // constants["UNIT"], cdiv(t, constants["BT"])
     per_sequence, steps = split(x, constants["BT"])
@@ -596,7 +608,7 @@ def _backward(
     if not launchable(x) or not x.numel():
         return grad_x, grad_source, x.new_zeros(columns, dtype=torch.float32)
     x, mask, grad = rows(x), rows(mask), rows(grad)
-    source = None if source is None else rows(source)
+    source = None if source is None else rows(source.to(x.dtype))
     constants = tile_constants(x, _frames(x)) | {"num_warps": warps(x)}
     length, tiles, head = t // constants["UNIT"], cdiv(t, constants["BT"]), f // heads
     chain = {"HEAD": head, "WIDE": wide_precision(x), **constants}
@@ -647,7 +659,6 @@ OPERATOR = Operator(
         saved=(1, 2, 3, 4, 5),
         kept=5,
         unpack=_unpack,
-        narrowed=(0, 2),
         unsupported=_unsupported,
     ),
 )
