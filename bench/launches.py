@@ -61,6 +61,8 @@ OPERATOR_SIZE = Size(n=2, t=128)
 """Published widths. Counts depend on neither the batch nor the length."""
 STEP_SIZE = Size(n=8, t=6000, segments=320)
 
+META = torch._C.DispatchKeySet(torch._C.DispatchKey.Meta)
+
 aten = torch.ops.aten
 ALLOCATIONS = {
     packet.__name__
@@ -111,9 +113,12 @@ class DeviceCalls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "trgnet":
-            with self:  # what a launcher calls of torch counts too
-                return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.Meta), *args, **kwargs)
+        with self:  # what an operator's launcher calls of torch counts too, and what calls are composed of
+            if func.namespace == "trgnet":
+                return func.redispatch(META, *args, **kwargs)
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
         name = func.overloadpacket.__name__
         result = None if name in IN_PLACE_ONLY else func(*args, **kwargs)
         only_host = func.is_view or name in VIEWS or name in ALLOCATIONS
@@ -284,7 +289,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     operators, size = operator_rows(), STEP_SIZE
     step = step_rows(size)
-    print_table("One operator, as the network calls it", operators, console)
+    print_table("One operator, with all its gradients", operators, console)
     print_table(f"A training step, N={size.n}, T={size.t}, S={size.segments}", step, console)
     if options.json:
         options.json.write_text(json.dumps([row.record() for row in operators + step], indent=1))
