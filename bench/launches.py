@@ -7,7 +7,8 @@ Tensors are on the meta device, which stands for the GPU: they have shapes and n
 exactly, where they are launched. Calls of ATen, torch's own operations, are counted where they reach the device, all but
 those that only make a view or allocate memory. Such a call is at least one kernel: some are several (the backward pass of a
 convolution, say), and an optimizer's call for many tensors is one here. So the numbers of kernels are exact for what is
-Triton's, and lower bounds for what is torch's.
+Triton's, and lower bounds for what is torch's. They are those of a step in
+float32 without tf32, of every GPU that there are kernels for; autocast adds conversions.
 
 Three columns are compared:
 
