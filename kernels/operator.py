@@ -282,6 +282,7 @@ def _register_triton(name: str, fused: Fused, statistics: int) -> Any:
         ctx.rest = [None if isinstance(a, Tensor) else (a,) for a in inputs]
         if by_products:
             ctx.mark_non_differentiable(*output[-by_products:])
+            ctx._materialize_non_diff_grads = False  # or autograd writes zeros as large as they are
 
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         tensors = iter(ctx.saved_tensors)

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+META = torch._C.DispatchKeySet(torch._C.DispatchKey.Meta)
+
 
 class LargestTensor(TorchDispatchMode):
     """Records the largest number of elements of any tensor that an operation returns."""
@@ -26,7 +28,10 @@ class LargestTensor(TorchDispatchMode):
 
 
 class PeakMemory(TorchDispatchMode):
-    """Records the most bytes that the tensors made inside it take at one time; works on the meta device."""
+    """Records the most bytes that the tensors made inside it take at one time; works on the meta device.
+
+    There it also sees what the operators of trgnet make for themselves.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,6 +39,9 @@ class PeakMemory(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "trgnet" and all(a.is_meta for a in tree_leaves(args) if isinstance(a, Tensor)):
+            with self:
+                return func.redispatch(META, *args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):

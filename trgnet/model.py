@@ -173,7 +173,7 @@ class SpatialModule(nn.Module):
 
 
 class FusionLayer(nn.Module):
-    """Fuses one spatial group into the temporal features."""
+    """Parameters that fuse one spatial group into the temporal features, see :meth:`TemporalModule._folded`."""
 
     def __init__(self, group_width: int, features: int) -> None:
         super().__init__()
@@ -181,16 +181,6 @@ class FusionLayer(nn.Module):
         self.mix = Pointwise(2 * features, features)
         self.expand = Pointwise(features, features)
         self.project = Pointwise(features, features)
-
-    def folded(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Multiply out the linear maps before the GELU: weights of the temporal and spatial input, bias.
-
-        expand(mix([s; spatial(g)])) = A s + B g + b with A (F, F), B (F, group width), b (F,).
-        """
-        temporal, spatial = self.mix.weight.chunk(2, dim=1)
-        to_hidden = self.expand.weight @ spatial
-        bias = self.expand.weight @ self.mix.bias + self.expand.bias + to_hidden @ self.spatial.bias
-        return self.expand.weight @ temporal, to_hidden @ self.spatial.weight, bias
 
 
 class AttentionLayer(nn.Module):
@@ -265,19 +255,19 @@ class TemporalModule(nn.Module):
     def forward(self, x: Tensor, mask: Tensor, seeds: Iterator[Tensor | None]) -> Tensor:
         """x (N, F, V, T), mask (N, 1, T) -> (N, F, T), zero on padded frames."""
         groups = self._groups(x, _single(next(seeds)))
-        folded = [layer.folded() for layer in self.fusion]
-        projected, shift = self._project(groups, [spatial for _, spatial, _ in folded])
+        temporal, spatial, bias = self._folded()
+        projected, shift = self._project(groups, spatial)
+        weights, biases = temporal.unbind(0), (bias + shift[:-1]).unbind(0)
         s = (projected[-1] + (self.seed.bias + shift[-1]).to(x.dtype).unsqueeze(1)) * mask.to(x.dtype)
         for i, layer in enumerate(self.layers):
             if i > 0:
-                weight, _, bias = folded[i - 1]
                 project = self.fusion[i - 1].project
                 s = fusion_layer(
                     s,
                     projected[i - 1],
                     mask,
-                    weight1=weight,
-                    bias1=bias + shift[i - 1],
+                    weight1=weights[i - 1],
+                    bias1=biases[i - 1],
                     weight2=project.weight,
                     bias2=project.bias,
                     p=self.fusion_dropout,
@@ -298,7 +288,25 @@ class TemporalModule(nn.Module):
         channels = torch.bmm(weight, x.flatten(2))
         return rearrange(channels, "n (g c) (v t) -> n g c v t", c=self.group_channels, v=x.shape[2])
 
-    def _project(self, groups: Tensor, spatial: list[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _folded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Multiply out the linear maps of every fusion layer before its GELU: weights of the inputs, bias.
+
+        expand(mix([s; spatial(g)])) = A s + B g + b with A (L, F, F), B (L, F, group width), b (L, F) for L fusion layers:
+        small products, in one launch for all layers.
+        """
+        if not self.fusion:
+            weight, bias = (parameter.new_empty(0, *parameter.shape) for parameter in self.seed.parameters())
+            return weight, weight, bias
+        expand, expand_bias = _stacked([layer.expand for layer in self.fusion])
+        mix, mix_bias = _stacked([layer.mix for layer in self.fusion])
+        spatial, spatial_bias = _stacked([layer.spatial for layer in self.fusion])
+        mix_temporal, mix_spatial = mix.chunk(2, dim=2)
+        to_hidden = torch.bmm(expand, mix_spatial)
+        bias = torch.baddbmm(expand_bias, expand, mix_bias)
+        bias = torch.baddbmm(bias, to_hidden, spatial_bias).squeeze(2)
+        return torch.bmm(expand, mix_temporal), torch.bmm(to_hidden, spatial), bias
+
+    def _project(self, groups: Tensor, spatial: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """Project every spatial group and the seed, in one product: (N, layers, 8, V, T) -> layers x (N, F, T).
 
         The groups lie channel-major; the weights are joint-major, so the weights are re-ordered. Also returned is what
@@ -306,7 +314,7 @@ class TemporalModule(nn.Module):
         added here it would cost a pass over the groups.
         """
         weights = rearrange(
-            torch.stack([*spatial, self.seed.weight]), "g f (v c) -> g f c v", c=self.group_channels
+            torch.cat([spatial, self.seed.weight.unsqueeze(0)]), "g f (v c) -> g f c v", c=self.group_channels
         )
         shift = (weights.sum(3) * rearrange(self.conv_in.bias, "(g c) -> g 1 c", g=len(weights))).sum(2)
         return (weights.flatten(2) @ groups.flatten(2, 3)).unbind(1), shift
@@ -539,6 +547,14 @@ def _conv_parameters(out_features: int, in_features: int, *kernel: int) -> tuple
     bound = 1 / math.sqrt(in_features * math.prod(kernel))
     weight = torch.empty(out_features, in_features, *kernel).uniform_(-bound, bound)
     return nn.Parameter(weight), nn.Parameter(torch.empty(out_features).uniform_(-bound, bound))
+
+
+def _stacked(layers: Sequence[Pointwise]) -> tuple[Tensor, Tensor]:
+    """Weights (L, O, F) and biases (L, O, 1) of L layers."""
+    weight, bias = (
+        torch.stack(parameters) for parameters in zip(*((layer.weight, layer.bias) for layer in layers))
+    )
+    return weight, bias.unsqueeze(2)
 
 
 def _kaiming(layer: Pointwise) -> Pointwise:

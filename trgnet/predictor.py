@@ -109,6 +109,10 @@ class Prediction:
 class Predictor:
     """A network with everything that is needed to use it.
 
+    A recording goes through the network as a whole, alone in its batch. With the Triton kernels that takes at most
+    4 V (4 F + 2 C + 2) bytes per frame beside the weights, in float32, for V joints, C channels and F features: at the
+    published size, V = 25, C = 12 and F = 64, 28 kB, or 2.8 GB for 100,000 frames. The reference takes 48 kB there.
+
     Args:
         model: the network; it is put into evaluation mode for every prediction, and back.
         info: facts of the data that it was trained on.
