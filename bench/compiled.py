@@ -32,6 +32,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from trgnet.kernels import operator, operator_table
 from trgnet.kernels.launch import Launch, Target, interpreted, record_launches
 
@@ -110,7 +111,7 @@ def launches(job: Job) -> list[Launch]:
     """What forward and backward of an operator launch on the job's architecture."""
     dtype, matmul = PRECISIONS[job.precision]
     args = make_case(job.operator, job.size).network_args
-    args = [_on_meta(a, dtype) if isinstance(a, Tensor) else a for a in args]
+    args = tree_map_only(Tensor, lambda a: _on_meta(a, dtype), list(args))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(matmul)
     try:
