@@ -112,7 +112,8 @@ class Scalars(NamedTuple):
     alpha: Number
     root: Number
     """correction2^alpha."""
-    sign: Number
+    scale: Number
+    """What multiplies gradients."""
     nesterov: Number
     average: bool
     """Whether gain is 1 - beta1."""
@@ -129,10 +130,10 @@ def step_scalars(hyper: Hyper, form: str, second: bool, phase: Number, counts: S
     if form == "sum":
         gain = _chosen(step, 1.0, 1 - hyper.dampening)
     else:
-        log = _log(beta1) * (step + 1) if form == "average" else log + rest + _log(beta1)
+        log = log_of(beta1) * (step + 1) if form == "average" else log + rest + log_of(beta1)
         step_size = step_size / _one_minus_exp(log)
     if second:
-        root = _one_minus_exp(_log(hyper.beta2) * (step + 1)) ** alpha
+        root = _one_minus_exp(log_of(hyper.beta2) * (step + 1)) ** alpha
     return Scalars(step_size, hyper.l2, 1 - hyper.lr * hyper.decay, beta1, gain, hyper.beta2, 1 - hyper.beta2, hyper.eps,
                    alpha, root, hyper.sign, hyper.nesterov, form != "sum")  # fmt: skip
 
@@ -140,12 +141,14 @@ def step_scalars(hyper: Hyper, form: str, second: bool, phase: Number, counts: S
 def _chosen(which: Number, at_zero: Number, otherwise: Number) -> Number:
     if not isinstance(which, Tensor):
         return otherwise if which else at_zero
-    at_zero, otherwise = (torch.as_tensor(x, dtype=torch.float64, device=which.device)
-                          for x in (at_zero, otherwise))  # fmt: skip
-    return torch.where(which == 0, at_zero, otherwise)
+    pair = [
+        x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=which.device)
+        for x in (at_zero, otherwise)
+    ]
+    return torch.where(which == 0, *pair)
 
 
-def _log(beta: Number) -> Number:
+def log_of(beta: Number) -> Number:
     if isinstance(beta, Tensor):
         return beta.log().clamp(min=LOG_OF_ZERO)
     return math.log(beta) if beta > 0 else LOG_OF_ZERO
@@ -169,7 +172,7 @@ def advanced(
     p: Tensor, g: Tensor, m: Tensor, v: Optional[Tensor], s: Scalars
 ) -> tuple[Tensor, Tensor, Optional[Tensor]]:
     """(p, m, v) after a step, of one dtype; differentiable."""
-    g = _times(g, s.sign)
+    g = _times(g, s.scale)
     if not _is(s.l2, 0):
         g = _plus(g, p, s.l2)
     p = _times(p, s.shrink)
@@ -219,8 +222,8 @@ def advance_all(
     p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], s: Scalars, own_gradients: bool
 ) -> None:
     """The same as :func:`advanced`, in place on lists. ``own_gradients``: whether those may be changed too."""
-    if not _is(s.sign, 1):
-        g, own_gradients = torch._foreach_mul(g, s.sign), True
+    if not _is(s.scale, 1):
+        g, own_gradients = list(torch._foreach_mul(g, s.scale)), True
     if not _is(s.l2, 0):
         g = _plus_all_(g, p, s.l2) if own_gradients else _plus_all(g, p, s.l2)
     if not _is(s.shrink, 1):
@@ -469,10 +472,10 @@ def _moment_update_reference(
         part = moments.part([i])
         for factor in (clip, None if grad_scale is None else 1 / grad_scale):
             if factor is not None:
-                part = part._replace(grads=[part.grads[0].to(wide_dtype(params[i])) * factor])
+                s = s._replace(scale=s.scale * factor)
         draw = Draw(seed, step[0], place) if rounding == "stochastic" else None
         changed += zip(part, next(update_one_by_one(part, s, [draw])))
-        count_step(new_counts, [place], _log(_chosen(phase, *hyper.beta1)))
+        count_step(new_counts, [place], log_of(_chosen(phase, *hyper.beta1)))
     changed.append(([counts, control, history], [new_counts, new_control, new_history]))
     for old, new in ((o, n) for olds, news in changed for o, n in zip(olds, news) if o is not None):
         old.copy_(new if found_inf is None else torch.where(found_inf == 0, new, old))
@@ -760,7 +763,7 @@ class MomentTable:
     and copies nothing but gradients of another layout than their parameters'.
 
     Args:
-        moments: the tensors, on one device.
+        moments: the tensors, on one device; ``spare`` may hold None for parameters that need none.
         groups: for each parameter, its row of hyper-parameters.
         places: for each parameter, its row of counts.
     """
@@ -777,7 +780,7 @@ class MomentTable:
         params = self.moments.params
         self.device = params[0].device
         self.layouts = [p if is_dense(p) else torch.empty_like(p) for p in params]
-        lists = [self._dense(tensors, changes=i != 1) for i, tensors in enumerate(self.moments)]
+        lists = [self._dense(tensors, changes=i != 1) for i, tensors in enumerate(self.moments)]  # 1: gradients
         self.kept = lists  # the table knows addresses only
         self.width = WARPS * (64 if target_of(params[0]).backend == "hip" else 32)
         self.members = self._on_device([*self.places, *self.groups])
@@ -785,11 +788,11 @@ class MomentTable:
         self.parts = [self._part(lists, *kind) for kind in _kinds(lists)]
         self.programs = sum(part.programs for part in self.parts)
 
-    def _dense(self, tensors: Sequence[Tensor], changes: bool) -> list[Tensor]:
+    def _dense(self, tensors: Sequence[Optional[Tensor]], changes: bool) -> list[Optional[Tensor]]:
         """The tensors themselves, or stand-ins in the dense layouts of the parameters."""
         dense = []
         for tensor, layout in zip(tensors, self.layouts):
-            if _same_layout(tensor, layout):
+            if tensor is None or _same_layout(tensor, layout):
                 dense.append(tensor)
                 continue
             stand_in = torch.empty_like(layout, dtype=tensor.dtype)
@@ -805,7 +808,7 @@ class MomentTable:
         entries = [
             (place << 32) + at for place, size in enumerate(sizes) for at in range(max(1, -(-size // chunk)))
         ]
-        addresses = [[tensors[i].data_ptr() if tensors else 0 for i in indices] for tensors in lists]
+        addresses = [[_address(tensors[i]) if tensors else 0 for i in indices] for tensors in lists]
         rows = [*addresses, sizes, [self.groups[i] for i in indices], [self.places[i] for i in indices]]
         return _Part(
             types, indices, self._on_device([x for row in (*rows, entries) for x in row]), len(entries)
@@ -850,6 +853,10 @@ class MomentTable:
             tensor.copy_(stand_in)
 
 
+def _address(tensor: Optional[Tensor]) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def _same_layout(tensor: Tensor, layout: Tensor) -> bool:
     return tensor.stride() == layout.stride() and is_dense(tensor)
 
@@ -859,7 +866,7 @@ def _kinds(lists: list[list[Tensor]]) -> Iterator[tuple[dict[str, Any], list[int
     kinds: dict[Any, list[int]] = {}
     for i in range(len(lists[0])):
         tensors = [tensors[i] if tensors else None for tensors in lists]
-        aligned = all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+        aligned = all(_address(t) % 16 == 0 for t in tensors)
         kinds.setdefault((*(t if t is None else t.dtype for t in tensors), aligned), []).append(i)
     for (*dtypes, aligned), indices in kinds.items():
         types = {name: d if d is None else getattr(tl, _TRITON[d]) for name, d in zip("PGMVC", dtypes)}

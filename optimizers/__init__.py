@@ -1,5 +1,18 @@
-"""Optimizers and learning-rate schedules, built by name from plain numbers."""
+"""Optimizers and learning-rate schedules, some built by name from plain numbers."""
 
 from .builders import OPTIMIZERS, SCHEDULES, SCHEDULES_OF_ALL_STEPS, build_optimizer, build_schedule
+from .exponent import ExponentSchedule
+from .lcam import LCAM
+from .smes import SMES, GatedSMES
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "SCHEDULES_OF_ALL_STEPS", "build_optimizer", "build_schedule"]
+__all__ = [
+    "LCAM",
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "SCHEDULES_OF_ALL_STEPS",
+    "SMES",
+    "ExponentSchedule",
+    "GatedSMES",
+    "build_optimizer",
+    "build_schedule",
+]
