@@ -246,7 +246,8 @@ def advance_all(
         torch._foreach_addcmul_(v, g, g, value=s.square)
     denominator = _power_all(v, s)
     torch._foreach_div_(denominator, s.root)
-    torch._foreach_add_(denominator, s.eps)
+    # A single tensor would be read by the host there.
+    torch._foreach_add_(denominator, [s.eps] * len(p) if isinstance(s.eps, Tensor) else s.eps)
     if isinstance(s.step_size, Tensor):
         u = torch._foreach_mul(u, s.step_size)
         torch._foreach_div_(u, denominator)
@@ -780,7 +781,9 @@ class MomentTable:
         params = self.moments.params
         self.device = params[0].device
         self.layouts = [p if is_dense(p) else torch.empty_like(p) for p in params]
-        lists = [self._dense(tensors, changes=i != 1) for i, tensors in enumerate(self.moments)]  # 1: gradients
+        lists = [
+            self._dense(tensors, changes=i != 1) for i, tensors in enumerate(self.moments)
+        ]  # 1: gradients
         self.kept = lists  # the table knows addresses only
         self.width = WARPS * (64 if target_of(params[0]).backend == "hip" else 32)
         self.members = self._on_device([*self.places, *self.groups])

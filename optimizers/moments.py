@@ -87,7 +87,7 @@ class MomentOptimizer(torch.optim.Optimizer):
         self._control: Tensor | None = None
         self._history: Tensor | None = None
         self._counts: Tensor | None = None
-        self._cohorts: list[int] = []
+        self._cohorts: dict[Tensor, Any] = {}
         self._stepping: list[int] = []
         self._rows: Tensor | None = None
         self._known_rows: list[list[float | None]] = []
@@ -243,11 +243,12 @@ class MomentOptimizer(torch.optim.Optimizer):
                 returned = closure()
             loss = returned if loss is None else loss
         self._check_capture(loss, clip)
-        with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
+        with torch.no_grad():
             entries = list(self._entries())
             if entries:
                 self._gather_counts(entries)
             observed = self._take_loss(loss)
+        with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
             if self.defaults["fused"]:
                 self._fused_step(entries, observed, clip)
             else:
@@ -301,28 +302,22 @@ class MomentOptimizer(torch.optim.Optimizer):
     def _gather_counts(self, entries: list[Entry]) -> None:
         """Keep the counts of all parameters in one tensor, of which those in ``state`` are views."""
         stepping = [entry.index for entry in entries]
+        params = [p for group in self.param_groups for p in group["params"]]
         if self._counts is None:
-            params = [p for group in self.param_groups for p in group["params"]]
-            device = _local(params[0]).device
-            with torch.no_grad():
-                counts = torch.zeros(len(params), len(COUNTS), device=device)
-                for i, p in enumerate(params):
-                    state = self.state.get(p, {})
-                    for j, name in enumerate(self._counted if state else ()):
-                        counts[i, j] = state.get(name, 0.0)
-                        state[name] = counts[i, j]
-            self._counts = counts
-            # Tensors that counted alike so far have their scalars in common.
-            kinds: dict[Any, int] = {}
-            self._cohorts = [kinds.setdefault(tuple(row), len(kinds)) for row in counts.tolist()]
-            self._stepping = stepping
-            self._cohorts = self._split_cohorts(stepping)
-        elif stepping != self._stepping:
-            self._cohorts, self._stepping = self._split_cohorts(stepping), stepping
-
-    def _split_cohorts(self, stepping: list[int]) -> list[int]:
-        steps, kinds = set(stepping), {}
-        return [kinds.setdefault((c, i in steps), len(kinds)) for i, c in enumerate(self._cohorts)]
+            self._counts = torch.zeros(len(params), len(COUNTS), device=_local(params[0]).device)
+            for row, p in zip(self._counts, params):
+                for name, place in zip(self._counted, row) if self.state.get(p) else ():
+                    place.copy_(self.state[p].get(name, place))
+                    self.state[p][name] = place
+        elif stepping == self._stepping:
+            return
+        # Parameters that have always stepped together have their scalars in common; the host knows without asking.
+        taking_part, kinds = set(stepping), {}
+        self._cohorts = {
+            p: kinds.setdefault((self._cohorts.get(p), i in taking_part), len(kinds))
+            for i, p in enumerate(params)
+        }
+        self._stepping = stepping
 
     def _moments(self, entries: list[Entry]) -> Moments:
         """The tensors of a step: local parts of distributed ones, complex ones as pairs of real numbers."""
@@ -362,7 +357,7 @@ class MomentOptimizer(torch.optim.Optimizer):
         """Entries that have all scalars in common."""
         buckets: dict[Any, list[Entry]] = {}
         for e in entries:
-            key = e.group, self._cohorts[e.index], self.spare_name in e.state
+            key = e.group, self._cohorts[e.param], self.spare_name in e.state
             buckets.setdefault(key, []).append(e)
         yield from buckets.values()
 
@@ -572,6 +567,9 @@ class MomentOptimizer(torch.optim.Optimizer):
                 if p in self.state:
                     self._adopt(p, group)
         self._counts, self._table, self._observed = None, None, []
+        self._cohorts = {
+            p: tuple(float(s[name]) for name in self._counted) for p, s in self.state.items() if s
+        }
         self._adopt_gate()
         if self.defaults["capturable"]:
             self._make_live(replace=True)
