@@ -118,8 +118,9 @@ class Scalars(NamedTuple):
     average: bool
     """Whether gain is 1 - beta1."""
 
-    def to(self, dtype: torch.dtype) -> Scalars:
-        return Scalars(*(x.to(dtype) if isinstance(x, Tensor) else x for x in self))
+    def beside(self, p: Tensor) -> Scalars:
+        """In the dtype that ``p`` is computed in, on its device."""
+        return Scalars(*(x.to(p.device, wide_dtype(p)) if isinstance(x, Tensor) else x for x in self))
 
 
 def step_scalars(hyper: Hyper, form: str, second: bool, phase: Number, counts: Sequence[Number]) -> Scalars:
@@ -352,7 +353,7 @@ def update_one_by_one(moments: Moments, s: Scalars, draws: Sequence[Optional[Dra
         v, c = second[i] if second else None, spare[i] if spare else None
         wide = p.to(dtype) if c is None else p.to(dtype) + c.to(dtype)
         new, new_m, new_v = advanced(
-            wide, g.to(dtype), m.to(dtype), None if v is None else v.to(dtype), s.to(dtype)
+            wide, g.to(dtype), m.to(dtype), None if v is None else v.to(dtype), s.beside(p)
         )
         new_p = _rounded(new, p.dtype, bits[0])
         yield Moments(
@@ -375,7 +376,7 @@ def update_all(
     for indices in _slices(moments):
         params, grads, first, second, spare = part = moments.part(indices)
         dtype = wide_dtype(params[0])
-        s_here = s.to(dtype)
+        s_here = s.beside(params[0])
         if all(t.dtype == dtype for tensors in part for t in tensors):
             advance_all(params, grads, first, second, s_here, own_gradients)
             continue

@@ -351,7 +351,7 @@ class MomentOptimizer(torch.optim.Optimizer):
     def _in_numbers(self, entries: list[Entry]) -> bool:
         """Whether the scalars of the step are Python numbers: on a CPU, where reading them waits for nothing."""
         live = self.defaults["capturable"] or self.defaults["differentiable"]
-        return not live and all(_local(e.param).device.type == "cpu" for e in entries)
+        return not live and bool(entries) and self._counts.device.type == "cpu"
 
     def _buckets(self, entries: list[Entry]) -> Iterator[list[Entry]]:
         """Entries that have all scalars in common."""
@@ -697,8 +697,11 @@ def _scalar_on(value: Tensor | float, device: torch.device, name: str) -> Tensor
     return value.detach().reshape(()).float()
 
 
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def _is_distributed(t: Any) -> bool:
-    return hasattr(t, "to_local")
+    return type(t) not in PLAIN and hasattr(t, "to_local")
 
 
 def _local(t: Tensor) -> Tensor:
