@@ -52,7 +52,8 @@ ROW = ("lr", "l2", "decay", "beta1_low", "beta1_high", "beta2", "eps", "alpha_lo
 """Hyper-parameters of a group as a row of float32 on the device. What float32 rounds off a beta is its ``_rest``: 1 - beta
 and log beta need it. ``sign`` is -1 where the objective is maximised, ``nesterov`` 0 or 1."""
 COUNTS = ("step", "log_beta1", "log_beta1_rest")
-"""What is counted for each tensor, float32: its steps, and the sum of log beta1 over them with its rounding error."""
+"""What is counted for each tensor, float32: its steps, and, in the form "product", the sum of log beta1 over them with its
+rounding error."""
 LOG_OF_ZERO = -200.0
 """Stands for log 0: its exponential vanishes beside 1 in any precision, and sums of it stay finite."""
 
@@ -159,14 +160,15 @@ def _one_minus_exp(x: Number) -> Number:
     return -torch.expm1(x) if isinstance(x, Tensor) else -math.expm1(x)
 
 
-def count_step(counts: Tensor, rows: Sequence[int], log_beta1: Number) -> None:
-    """Count a step of the tensors with these rows of ``counts`` (n, 3)."""
-    everything = len(rows) == len(counts)
-    index = slice(None) if everything else torch.tensor(rows, device=counts.device)
-    step, log, rest = counts[index].unbind(1)
-    log = log.double() + rest.double() + log_beta1
-    rounded = log.float()
-    counts[index] = torch.stack([step + 1, rounded, (log - rounded).float()], 1)
+def count_step(counts: Tensor, rows: Sequence[int], form: str, beta1: Number) -> None:
+    """Count a step of the tensors with these rows of ``counts`` (n, 3); logarithms only where the form asks for them."""
+    index = slice(None) if len(rows) == len(counts) else torch.tensor(rows, device=counts.device)
+    counts[index, 0] += 1
+    if form == "product":
+        _, log, rest = counts[index].unbind(1)
+        log = log.double() + rest.double() + log_of(beta1)
+        rounded = log.float()
+        counts[index, 1:] = torch.stack([rounded, (log - rounded).float()], 1)
 
 
 def advanced(
@@ -369,43 +371,51 @@ SLICE = 1 << 18
 """Elements that the list functions take at a time on a CPU: what they leave between stays in its cache."""
 
 
-def update_all(
-    moments: Moments, s: Scalars, draws: Sequence[Optional[Draw]], own_gradients: bool = False
-) -> None:
+def update_all(moments: Moments, s: Scalars, draws: Sequence[Optional[Draw]]) -> None:
     """The same as :func:`update_one_by_one`, in place, with the list functions of PyTorch."""
-    for indices in _slices(moments):
-        params, grads, first, second, spare = part = moments.part(indices)
-        dtype = wide_dtype(params[0])
-        s_here = s.beside(params[0])
-        if all(t.dtype == dtype for tensors in part for t in tensors):
-            advance_all(params, grads, first, second, s_here, own_gradients)
-            continue
-        p, g, m, v, c = ([t.to(dtype) for t in tensors] for tensors in part)
-        if c:
-            torch._foreach_add_(p, c)
-        own = own_gradients or grads[0].dtype != dtype
-        advance_all(p, g, m, v, s_here, own)
-        _store_all(part, p, m, v, [draws[i] for i in indices])
+    for indices in _alike(moments):
+        s_here = s.beside(moments.params[indices[0]])
+        for some in _slices(moments.params, indices):
+            _update_slice(moments.part(some), s_here, [draws[i] for i in some])
 
 
-def _slices(moments: Moments) -> Iterator[list[int]]:
-    """Indices of tensors of equal device and dtypes that are updated together."""
+def _update_slice(moments: Moments, s: Scalars, draws: Sequence[Optional[Draw]]) -> None:
+    dtype = wide_dtype(moments.params[0])
+    if all(not tensors or tensors[0].dtype == dtype for tensors in moments):
+        params, grads, first, second, _ = moments
+        advance_all(params, grads, first, second, s, own_gradients=False)
+        return
+    p, g, m, v, c = ([t.to(dtype) for t in tensors] for tensors in moments)
+    if c:
+        torch._foreach_add_(p, c)
+    advance_all(p, g, m, v, s, own_gradients=moments.grads[0].dtype != dtype)
+    _store_all(moments, p, m, v, draws)
+
+
+def _alike(moments: Moments) -> list[list[int]]:
+    """Indices of tensors of equal device and dtypes."""
+    lists = [tensors for tensors in moments if tensors]
+    if len({t.device for t in lists[0]}) == 1 and all(
+        len({t.dtype for t in tensors}) == 1 for tensors in lists
+    ):
+        return [list(range(len(lists[0])))]
     kinds: dict[Any, list[int]] = {}
     for i, p in enumerate(moments.params):
-        kinds.setdefault((p.device, *(tensors[i].dtype for tensors in moments if tensors)), []).append(i)
-    for (device, *_), indices in kinds.items():
-        if device.type != "cpu":
-            yield indices
-            continue
-        chosen, size = [], 0
-        for i in indices:
-            chosen.append(i)
-            size += moments.params[i].numel()
-            if size >= SLICE:
-                yield chosen
-                chosen, size = [], 0
-        if chosen:
-            yield chosen
+        kinds.setdefault((p.device, *(tensors[i].dtype for tensors in lists)), []).append(i)
+    return list(kinds.values())
+
+
+def _slices(params: Sequence[Tensor], indices: list[int]) -> Iterator[list[int]]:
+    """The indices in slices of at least ``SLICE`` elements on a CPU, all at once elsewhere."""
+    if params[indices[0]].device.type != "cpu":
+        yield indices
+        return
+    start, size = 0, 0
+    for end, i in enumerate(indices, start=1):
+        size += params[i].numel()
+        if size >= SLICE or end == len(indices):
+            yield indices[start:end]
+            start, size = end, 0
 
 
 def _store_all(
@@ -477,7 +487,7 @@ def _moment_update_reference(
                 s = s._replace(scale=s.scale * factor)
         draw = Draw(seed, step[0], place) if rounding == "stochastic" else None
         changed += zip(part, next(update_one_by_one(part, s, [draw])))
-        count_step(new_counts, [place], log_of(_chosen(phase, *hyper.beta1)))
+        count_step(new_counts, [place], form, s.beta1)
     changed.append(([counts, control, history], [new_counts, new_control, new_history]))
     for old, new in ((o, n) for olds, news in changed for o, n in zip(olds, news) if o is not None):
         old.copy_(new if found_inf is None else torch.where(found_inf == 0, new, old))
@@ -610,7 +620,7 @@ def _pointer(table_ptr, place, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 @device_function
 def _commit(
     members_ptr, members, rows_ptr, counts_ptr, control_ptr, history_ptr, loss_ptr, mean, rest, count, phase, place,
-    used, WIDTH: tl.constexpr, KIND: tl.constexpr,
+    used, WIDTH: tl.constexpr, FORM: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Count the step of every tensor, and write the control block."""
     for i in range(0, members, WIDTH):
@@ -619,12 +629,13 @@ def _commit(
         counted = counts_ptr + 3 * tl.load(members_ptr + offsets, mask=mask, other=0)
         row = rows_ptr + 16 * tl.load(members_ptr + members + offsets, mask=mask, other=0)
         tl.store(counted, tl.load(counted, mask=mask) + 1, mask=mask)
-        beta = tl.load(row + tl.where(used != 0, 4, 3), mask=mask, other=0.5)
-        beta_rest = tl.load(row + tl.where(used != 0, 13, 12), mask=mask, other=0.0)
-        log, error = two_sum(tl.load(counted + 1, mask=mask), _log_beta(beta, beta_rest))
-        log, error = two_sum(log, error + tl.load(counted + 2, mask=mask))
-        tl.store(counted + 1, log, mask=mask)
-        tl.store(counted + 2, error, mask=mask)
+        if FORM == "product":
+            beta = tl.load(row + tl.where(used != 0, 4, 3), mask=mask, other=0.5)
+            beta_rest = tl.load(row + tl.where(used != 0, 13, 12), mask=mask, other=0.0)
+            log, error = two_sum(tl.load(counted + 1, mask=mask), _log_beta(beta, beta_rest))
+            log, error = two_sum(log, error + tl.load(counted + 2, mask=mask))
+            tl.store(counted + 1, log, mask=mask)
+            tl.store(counted + 2, error, mask=mask)
     if control_ptr is not None:
         if KIND == "window" and loss_ptr is not None:
             loss = tl.load(loss_ptr).to(tl.float32)
@@ -676,7 +687,7 @@ def _moment_update_kernel(
         if skipped == 0:
             _commit(
                 members_ptr, members, rows_ptr, counts_ptr, control_ptr, history_ptr, loss_ptr, mean, rest, count,
-                phase, place, used, WIDTH, KIND,
+                phase, place, used, WIDTH, FORM, KIND,
             )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ SLOTS = {
 }  # fmt: skip
 
 
-@dataclass
+@dataclass(slots=True)
 class Entry:
     """A parameter that takes part in a step."""
 
@@ -95,6 +95,7 @@ class MomentOptimizer(torch.optim.Optimizer):
         self._table: MomentTable | None = None
         self._signature: list[Any] = []
         self._observed: list[Tensor] = []
+        self._plain = False
 
     # What subclasses say.
 
@@ -163,10 +164,14 @@ class MomentOptimizer(torch.optim.Optimizer):
         except (ValueError, RuntimeError):
             self.param_groups.pop()
             raise
+        self._plain = all(map(_is_plain, self._params()))
         self._counts = self._rows = self._table = None
         self._attach_gate()
         if self.defaults["capturable"]:
             self._make_live()
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
 
     def _check_dtypes(self, p: Tensor) -> None:
         rounding, moment = self._settings["rounding"], self._state_dtype(p)
@@ -267,7 +272,7 @@ class MomentOptimizer(torch.optim.Optimizer):
             raise RuntimeError(
                 f"{name}: a Python number would be frozen in the graph; pass a tensor on the device"
             )
-        if any(p.grad is None for group in self.param_groups for p in group["params"]):
+        if any(p.grad is None for p in self._params()):
             raise RuntimeError(
                 f"{name}: a parameter without a gradient would be left out of the captured graph; "
                 "do a backward pass first, or leave the parameter out of the optimizer"
@@ -302,7 +307,7 @@ class MomentOptimizer(torch.optim.Optimizer):
     def _gather_counts(self, entries: list[Entry]) -> None:
         """Keep the counts of all parameters in one tensor, of which those in ``state`` are views."""
         stepping = [entry.index for entry in entries]
-        params = [p for group in self.param_groups for p in group["params"]]
+        params = self._params()
         if self._counts is None:
             self._counts = torch.zeros(len(params), len(COUNTS), device=_local(params[0]).device)
             for row, p in zip(self._counts, params):
@@ -321,12 +326,16 @@ class MomentOptimizer(torch.optim.Optimizer):
 
     def _moments(self, entries: list[Entry]) -> Moments:
         """The tensors of a step: local parts of distributed ones, complex ones as pairs of real numbers."""
-        names = [self.first_name] + ([self.second_name] if self.second else [])
         lists = [[e.param for e in entries], [_matching(e.param.grad, e.param) for e in entries]]
-        lists += [[e.state[name] for e in entries] for name in names] + [[]] * (2 - len(names))
-        spare = [e.state.get(self.spare_name) for e in entries]
+        lists.append([e.state[self.first_name] for e in entries])
+        lists.append([e.state[self.second_name] for e in entries] if self.second else [])
+        spare = (
+            [e.state.get(self.spare_name) for e in entries] if self._settings["rounding"] == "kahan" else []
+        )
         lists.append(spare if any(t is not None for t in spare) else [])
-        return Moments(*([None if t is None else _real(_local(t)) for t in tensors] for tensors in lists))
+        if self._plain:
+            return Moments(*lists)
+        return Moments(*([_computed(t) for t in tensors] for tensors in lists))
 
     # In PyTorch: one by one, or lists.
 
@@ -355,6 +364,10 @@ class MomentOptimizer(torch.optim.Optimizer):
 
     def _buckets(self, entries: list[Entry]) -> Iterator[list[Entry]]:
         """Entries that have all scalars in common."""
+        kahan = self._settings["rounding"] == "kahan"
+        if entries and len(self.param_groups) == 1 and len(set(self._cohorts.values())) == 1 and not kahan:
+            yield entries
+            return
         buckets: dict[Any, list[Entry]] = {}
         for e in entries:
             key = e.group, self._cohorts[e.param], self.spare_name in e.state
@@ -378,7 +391,7 @@ class MomentOptimizer(torch.optim.Optimizer):
         else:
             self._update_one_by_one(bucket, moments, s, draws)
         with torch.no_grad():
-            count_step(self._counts, indices, log_of(s.beta1))
+            count_step(self._counts, indices, self.form, s.beta1)
 
     def _draw(self, index: int, step: Any) -> Draw | None:
         seed = self.defaults.get("rounding_seed")
@@ -566,6 +579,7 @@ class MomentOptimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 if p in self.state:
                     self._adopt(p, group)
+        self._plain = all(map(_is_plain, self._params()))
         self._counts, self._table, self._observed = None, None, []
         self._cohorts = {
             p: tuple(float(s[name]) for name in self._counted) for p, s in self.state.items() if s
@@ -700,23 +714,33 @@ def _scalar_on(value: Tensor | float, device: torch.device, name: str) -> Tensor
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
+def _is_plain(t: Tensor) -> bool:
+    return type(t) in PLAIN and not t.is_complex()
+
+
 def _is_distributed(t: Any) -> bool:
     return type(t) not in PLAIN and hasattr(t, "to_local")
 
 
 def _local(t: Tensor) -> Tensor:
     """This process's part of a distributed tensor."""
-    return t.to_local() if _is_distributed(t) else t
+    return t if type(t) in PLAIN or not _is_distributed(t) else t.to_local()
 
 
 def _matching(grad: Tensor, p: Tensor) -> Tensor:
     """The gradient, distributed as its parameter is."""
+    if type(p) in PLAIN:
+        return grad
     if _is_distributed(p) and _is_distributed(grad) and grad.placements != p.placements:
         return grad.redistribute(placements=p.placements)
     return grad
 
 
-def _real(t: Tensor) -> Tensor:
+def _computed(t: Tensor | None) -> Tensor | None:
+    """What is computed with: the local part of a distributed tensor, complex numbers as pairs of real ones."""
+    if t is None:
+        return None
+    t = _local(t)
     return torch.view_as_real(t) if t.is_complex() else t
 
 
