@@ -792,6 +792,7 @@ class MomentTable:
     def __post_init__(self) -> None:
         params = self.moments.params
         self.device = params[0].device
+        self.hosts: list[Tensor] = []
         self.layouts = [p if is_dense(p) else torch.empty_like(p) for p in params]
         lists = [
             self._dense(tensors, changes=i != 1) for i, tensors in enumerate(self.moments)
@@ -830,9 +831,11 @@ class MomentTable:
         )
 
     def _on_device(self, numbers: list[int]) -> Tensor:
-        # Pinned memory comes from PyTorch's cache, which hands it out again only once the copy is done.
+        # Pinned memory comes from PyTorch's cache, which hands it out again only once the copy is done; a graph that the
+        # copy is captured into does it again at every replay.
         pinned = self.device.type == "cuda"
         host = torch.tensor(numbers, dtype=torch.int64, pin_memory=pinned)
+        self.hosts.append(host)
         return host.to(self.device, non_blocking=pinned)
 
     def launch(

@@ -13,12 +13,9 @@ pytest.importorskip("triton")
 WIDE, NARROW = 2, 1
 LOADS = {  # parameter, gradient, first and second moment, rounding error
     "lcam": (WIDE, WIDE, WIDE),
-    "lcam window same": (WIDE, WIDE, WIDE),
-    "smes": (WIDE, WIDE, WIDE, WIDE),
     "gated": (WIDE, WIDE, WIDE, WIDE),
-    "smes kahan": (NARROW, NARROW, WIDE, WIDE, NARROW),
-    "smes stochastic": (NARROW, NARROW, NARROW, NARROW),
-    "smes half": (NARROW, NARROW, WIDE, WIDE),
+    "smes, kahan": (NARROW, NARROW, WIDE, WIDE, NARROW),
+    "smes, stochastic": (NARROW, NARROW, NARROW, NARROW),
 }
 
 

@@ -174,9 +174,12 @@ def test_list_functions_equal_the_loop_bit_for_bit(mix: tuple, case: str, number
         hyper = Hyper(*(torch.tensor(x, dtype=torch.float64) if isinstance(x, float)
                         else tuple(torch.tensor(y, dtype=torch.float64) for y in x) for x in hyper[:-2]),
                       *hyper[-2:])  # fmt: skip
-    params, first, squares = (random_tensors(i, d) for i, d in enumerate((dtype, state_dtype, state_dtype)))
+    shapes = ((3, 4), (), (0, 2), (300,))
+    params, first, squares = (
+        random_tensors(i, d, shapes) for i, d in enumerate((dtype, state_dtype, state_dtype))
+    )
     moments = Moments(
-        params, random_tensors(3, dtype), first, [v.abs() for v in squares] if second else [],
+        params, random_tensors(3, dtype, shapes), first, [v.abs() for v in squares] if second else [],
         [torch.zeros_like(p) for p in params] if rounding == "kahan" else [],
     )  # fmt: skip
     s = step_scalars(hyper, form, second, 0.0 if numbers else torch.tensor(0.0), (2.0, -0.3, 0.0))

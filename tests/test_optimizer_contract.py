@@ -439,6 +439,35 @@ def test_replaying_the_launch_equals_steps_with_every_hyperparameter_changed(mak
         assert_equal(state_tensors(optimizer), state_tensors(other))
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+@each_class
+@each_path("live lists", "live fused")
+def test_graph_replay_equals_eager_steps(path: dict, make: Callable):
+    """With learning rate and weight decay changed between replays, and no step that waits for the device."""
+    params, eager = parameters(), parameters()
+    optimizer, other = make(params, **path), make(eager, **path)
+    loss = torch.ones((), device=DEVICE)
+    for own, opt in ((params, optimizer), (eager, other)):
+        give_gradients(own, 0)
+        opt.step(loss=loss)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            optimizer.step(loss=loss)
+        for i in range(3):
+            for group in (*optimizer.param_groups, *other.param_groups):
+                group["lr"].fill_(0.1 / (i + 1))
+                group["weight_decay"].fill_(0.01 * i)
+            loss.fill_(1.0 - 0.1 * i)
+            graph.replay()
+            other.step(loss=loss)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_equal(state_tensors(optimizer), state_tensors(other))
+
+
 @each_class
 @each_path("live loop", "live lists", "live fused")
 def test_nothing_waits_for_the_device(path: dict, make: Callable):
