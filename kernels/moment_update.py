@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -768,12 +768,12 @@ class _Part:
     programs: int
 
 
-@dataclass
 class MomentTable:
     """Where the tensors of a step are, as the kernel reads it: addresses, sizes, and which program does which chunk.
 
     The table stays valid as long as no tensor moves; a step with it starts one kernel for each combination of dtypes,
-    and copies nothing but gradients of another layout than their parameters'.
+    and copies only tensors whose layout is not that of their parameter, or whose parameter has gaps. It holds addresses,
+    not tensors: gradients that their owner drops are free.
 
     Args:
         moments: the tensors, on one device; ``spare`` may hold None for parameters that need none.
@@ -781,42 +781,28 @@ class MomentTable:
         places: for each parameter, its row of counts.
     """
 
-    moments: Moments
-    groups: Sequence[int]
-    places: Sequence[int]
-    copied: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """(tensor in its parameter's dense layout, tensor of the caller): copied from before each launch."""
-    returned: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """(tensor of the caller, tensor in dense layout): copied to after each launch."""
-
-    def __post_init__(self) -> None:
-        params = self.moments.params
+    def __init__(self, moments: Moments, groups: Sequence[int], places: Sequence[int]) -> None:
+        params = moments.params
         self.device = params[0].device
+        self.groups, self.places = groups, places
+        self.stand_ins: dict[tuple[int, int], Tensor] = {}
+        """By list and index: tensors in the dense layout of their parameter, in the place of those that are not."""
         self.hosts: list[Tensor] = []
-        self.layouts = [p if is_dense(p) else torch.empty_like(p) for p in params]
-        lists = [
-            self._dense(tensors, changes=i != 1) for i, tensors in enumerate(self.moments)
-        ]  # 1: gradients
-        self.kept = lists  # the table knows addresses only
+        layouts = [p if is_dense(p) else torch.empty_like(p) for p in params]
+        lists = [self._dense(k, tensors, layouts) for k, tensors in enumerate(moments)]
         self.width = WARPS * (64 if target_of(params[0]).backend == "hip" else 32)
-        self.members = self._on_device([*self.places, *self.groups])
+        self.members = self._on_device([*places, *groups])
         self.done = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.parts = [self._part(lists, *kind) for kind in _kinds(lists)]
         self.programs = sum(part.programs for part in self.parts)
 
-    def _dense(self, tensors: Sequence[Optional[Tensor]], changes: bool) -> list[Optional[Tensor]]:
-        """The tensors themselves, or stand-ins in the dense layouts of the parameters."""
-        dense = []
-        for tensor, layout in zip(tensors, self.layouts):
-            if tensor is None or _same_layout(tensor, layout):
-                dense.append(tensor)
-                continue
-            stand_in = torch.empty_like(layout, dtype=tensor.dtype)
-            self.copied.append((stand_in, tensor))
-            if changes:
-                self.returned.append((tensor, stand_in))
-            dense.append(stand_in)
-        return dense
+    def _dense(
+        self, k: int, tensors: Sequence[Optional[Tensor]], layouts: Sequence[Tensor]
+    ) -> list[Optional[Tensor]]:
+        for i, (tensor, layout) in enumerate(zip(tensors, layouts)):
+            if tensor is not None and not _same_layout(tensor, layout):
+                self.stand_ins[k, i] = torch.empty_like(layout, dtype=tensor.dtype)
+        return [self.stand_ins.get((k, i), tensor) for i, tensor in enumerate(tensors)]
 
     def _part(self, lists: list[list[Tensor]], types: dict[str, Any], indices: list[int]) -> _Part:
         sizes = [lists[0][i].numel() for i in indices]
@@ -840,6 +826,7 @@ class MomentTable:
 
     def launch(
         self,
+        moments: Moments,
         rows: Tensor,
         counts: Tensor,
         control: Optional[Tensor] = None,
@@ -856,9 +843,12 @@ class MomentTable:
         rounding: str = "nearest",
         seed: int = 0,
     ) -> None:
-        """Do one step; the arguments are those of :func:`moment_update`, float32 tensors on the tensors' device."""
-        for stand_in, tensor in self.copied:
-            stand_in.copy_(tensor)
+        """Do one step on the tensors, which lie where they lay when the table was made.
+
+        The arguments are those of :func:`moment_update`, tensors on the tensors' device.
+        """
+        for (k, i), stand_in in self.stand_ins.items():
+            stand_in.copy_(moments[k][i])
         tile = self.width * PER_THREAD
         for part in self.parts:
             launch(
@@ -867,8 +857,9 @@ class MomentTable:
                 0 if history is None else len(history), share, seed, **part.types, FORM=form, KIND=average, SAME=same,
                 ROUNDING=rounding, TILE=tile, TILES=TILES, NARROW=self.width, WIDTH=self.width, num_warps=WARPS,
             )  # fmt: skip
-        for tensor, stand_in in self.returned:
-            tensor.copy_(stand_in)
+        for (k, i), stand_in in self.stand_ins.items():
+            if moments[k] is not moments.grads:
+                moments[k][i].copy_(stand_in)
 
 
 def _address(tensor: Optional[Tensor]) -> int:
@@ -916,8 +907,9 @@ def _moment_update_triton(
 ) -> None:
     if not params or not launchable(params[0]):
         return
-    MomentTable(Moments(params, grads, first, second, spare), groups, places).launch(
-        rows, counts, control, history, loss, clip, grad_scale, found_inf,
+    moments = Moments(params, grads, first, second, spare)
+    MomentTable(moments, groups, places).launch(
+        moments, rows, counts, control, history, loss, clip, grad_scale, found_inf,
         form=form, average=average, share=share, same=same, rounding=rounding, seed=seed,
     )  # fmt: skip
 

@@ -44,7 +44,7 @@ class LCAM(GatedOptimizer):
         window: losses in the window of ``average="window"``.
         smoothing: of ``average="ema"``.
         process_group: processes over which losses are averaged. None: all of torch.distributed, where it is initialised.
-            Every process must then call :meth:`step` with a loss, or none.
+            Every process must then call :meth:`step` with a loss, or none. Copies of the optimizer do not have it.
         maximize: maximise the objective.
         foreach: use PyTorch's list functions. Default: yes, unless ``differentiable``.
         fused: one Triton kernel for all parameters; on a GPU (or under Triton's interpreter), not for float64.

@@ -427,19 +427,19 @@ class MomentOptimizer(torch.optim.Optimizer):
             return
         average, share, same = self._gate_arguments()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        table = self._current_table(entries)
+        moments = self._moments(entries)
+        table = self._current_table(entries, moments)
         self._refresh_rows(table.device)
         clip = None if clip is None else _scalar_on(clip, table.device, "clip")
         table.launch(
-            self._rows, self._counts, self._control, self._history, loss, clip, grad_scale, found_inf,
+            moments, self._rows, self._counts, self._control, self._history, loss, clip, grad_scale, found_inf,
             form=self.form, average=average, share=share, same=same, rounding=self._settings["rounding"],
             seed=self.param_groups[0].get("rounding_seed", 0),
         )  # fmt: skip
         torch.autograd.graph.increment_version([e.param for e in entries])
 
-    def _current_table(self, entries: list[Entry]) -> MomentTable:
+    def _current_table(self, entries: list[Entry], moments: Moments) -> MomentTable:
         """The table of addresses, made anew only when something moved."""
-        moments = self._moments(entries)
         signature = [(t.data_ptr(), t.dtype, t.shape, t.stride()) if t is not None else None
                      for tensors in moments for t in tensors]  # fmt: skip
         signature.append([(e.index, e.group) for e in entries])
@@ -455,7 +455,7 @@ class MomentOptimizer(torch.optim.Optimizer):
     def _refresh_rows(self, device: torch.device) -> None:
         """Bring the hyper-parameters on the device up to date: nothing is copied if none has changed."""
         if self._rows is None:
-            self._rows = torch.zeros(len(self.param_groups), 16, device=device)
+            self._rows, self._known_rows = torch.zeros(len(self.param_groups), 16, device=device), []
         if not self._known_rows:
             self._known_rows = [[None] * 16 for _ in self.param_groups]
         rows = [self._hyper(group).row for group in self.param_groups]
@@ -610,8 +610,8 @@ class MomentOptimizer(torch.optim.Optimizer):
         if self.first_name not in kept:
             self.state.pop(p)
             return
-        for name in [n for n in (self.second_name,) if self.second and n not in kept]:
-            kept[name] = torch.zeros_like(p, dtype=self._state_dtype(p))
+        if self.second and self.second_name not in kept:
+            kept[self.second_name] = torch.zeros_like(p, dtype=self._state_dtype(p))
         if self._settings["rounding"] == "kahan" and p.dtype in HALF and self.spare_name not in kept:
             kept[self.spare_name] = torch.zeros_like(p)
         steps = float(state.get("step", 1.0))  # torch's SGD does not count them
@@ -656,7 +656,8 @@ class GatedOptimizer(MomentOptimizer):
     def observe(self, loss: Tensor | float) -> None:
         """Take the loss of a micro-batch: the next step's is the mean of those observed and the one given to it, if any.
 
-        A loss that is not finite makes the mean so, and the step then leaves average and decision as they are.
+        A loss that is not finite makes the mean so, and the step then leaves average and decision as they are. What is
+        observed is not part of a checkpoint, as accumulated gradients are not.
         """
         self._observed.append(self._checked_loss(loss).clone())
 

@@ -38,11 +38,12 @@ def recorded(arch: str, dtypes: tuple, aligned: bool = True, size: int = 5000, *
 
     history = scalar(10) if options.get("average") == "window" else None
     with record_launches(ARCHITECTURES[arch]) as launches:
-        table = MomentTable(Moments([p], [p], [m], *([t] if t is not None else [] for t in (v, c))), [0], [0])
+        moments = Moments([p], [p], [m], *([t] if t is not None else [] for t in (v, c)))
+        table = MomentTable(moments, [0], [0])
         for part in table.parts:
             part.types["ALIGNED"] = aligned
         table.launch(
-            scalar(1, 16), scalar(1, 3), scalar(8), history, *(scalar() for _ in range(4)), **options
+            moments, scalar(1, 16), scalar(1, 3), scalar(8), history, *(scalar() for _ in range(4)), **options
         )
     (launch,) = launches
     return launch

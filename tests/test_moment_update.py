@@ -328,7 +328,7 @@ def test_dtypes_have_a_launch_each_and_count_one_step():
         assert [part.types["ALIGNED"] for part in table.parts] == [True, True, True, False]
         counts, control = torch.zeros(4, 3, device=DEVICE), new_control(DEVICE)
         for _ in range(2):
-            table.launch(rows, counts, control, loss=torch.ones((), device=DEVICE), form="product")
+            table.launch(moments, rows, counts, control, loss=torch.ones((), device=DEVICE), form="product")
         assert counts[:, 0].tolist() == [2.0] * 4 and control[5] == 2 and table.done.item() == 0
         results.append([*moments.params, *moments.first, *moments.second, counts, control])
     assert_same(*results)
@@ -350,9 +350,10 @@ def test_other_layouts_are_updated_like_their_copies():
     rows = torch.tensor([HYPER.row], device=DEVICE)
 
     def step(p: Tensor, g: Tensor, m: Tensor) -> list[Tensor]:
-        table = MomentTable(Moments([p], [g], [m]), [0], [0])
+        moments = Moments([p], [g], [m])
+        table = MomentTable(moments, [0], [0])
         for _ in range(2):  # the table stays valid
-            table.launch(rows, torch.zeros(1, 3, device=DEVICE), form="sum")
+            table.launch(moments, rows, torch.zeros(1, 3, device=DEVICE), form="sum")
         return [p, m]
 
     for p, g, m in cases:
@@ -409,7 +410,7 @@ def test_power_has_the_accuracy_of_float32(alpha: float):
     row[5], row[14] = 0.0, 0.0  # beta2 = 0 has no correction,
     table = Moments([p.to(DEVICE)], [v.sqrt().to(DEVICE)], [m.to(DEVICE)], [torch.zeros_like(v).to(DEVICE)])
     counts = torch.tensor([[1.0, 0.0, 0.0]], device=DEVICE)
-    MomentTable(table, [0], [0]).launch(torch.tensor([row], device=DEVICE), counts, form="sum")
+    MomentTable(table, [0], [0]).launch(table, torch.tensor([row], device=DEVICE), counts, form="sum")
     kept = table.second[0].cpu().double()  # and v is the square as it was rounded
     torch.testing.assert_close(table.params[0].cpu().double(), kept**-alpha, rtol=6e-7, atol=0)
     assert (kept / v.double() - 1).abs().max() < 1e-6

@@ -7,6 +7,7 @@ import math
 import pickle
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -311,6 +312,20 @@ def test_clipping_coefficient_multiplies_every_gradient(path: dict, make: Callab
 
 
 @each_class
+@each_path("loop", "lists")
+def test_scalars_on_the_device_and_numbers_agree(path: dict, make: Callable, monkeypatch: pytest.MonkeyPatch):
+    """Elsewhere than on a CPU the scalars are tensors, although the hyper-parameters are numbers."""
+    params, numbers = parameters(torch.float64), parameters(torch.float64)
+    optimizers = make(params, **path), make(numbers, **path)
+    monkeypatch.setattr(optimizers[0], "_in_numbers", lambda entries: False)
+    for i, loss in enumerate(losses(4)):
+        for own, optimizer in zip((params, numbers), optimizers):
+            give_gradients(own, i)
+            optimizer.step(loss=loss, clip=0.5)
+        assert_near(params, [p.detach() for p in numbers], 1e-13)
+
+
+@each_class
 def test_state_has_torchs_names_and_keeps_its_dtype(make: Callable):
     """float32 moments of half-precision parameters survive loading, which torch would have cast."""
     params = parameters(torch.bfloat16)
@@ -374,8 +389,8 @@ def test_one_launch_for_everything_and_a_table_made_once(make: Callable, monkeyp
     real_launch = MomentTable.launch
 
     class Counted(MomentTable):
-        def __post_init__(self) -> None:
-            super().__post_init__()
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)
             made.append(self)
 
         def launch(self, *args: object, **kwargs: object) -> None:
@@ -392,7 +407,9 @@ def test_one_launch_for_everything_and_a_table_made_once(make: Callable, monkeyp
         optimizer.step(loss=1.0)
     assert len(made) == 1 and launched == [1, 1, 1]
     rows = optimizer._rows.data_ptr()
+    kept = weakref.ref(params[0].grad)
     params[0].grad = params[0].grad.clone()  # moves
+    assert kept() is None, "the table keeps a gradient alive"
     optimizer.step(loss=1.0)
     optimizer.step(loss=1.0)
     assert len(made) == 2 and optimizer._rows.data_ptr() == rows
