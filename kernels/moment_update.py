@@ -568,7 +568,7 @@ def _update_tile(
 ):  # fmt: skip
     """Update ``TILE`` elements from ``start`` on, those before ``size`` unless the tile is full."""
     offsets = tl.arange(0, TILE)
-    mask = None if FULL else start + offsets < size
+    mask = None if FULL else offsets < size - start
     p = tl.load(p_ptr + start + offsets, mask=mask).to(tl.float32)
     if c_ptr is not None:
         p += tl.load(c_ptr + start + offsets, mask=mask).to(tl.float32)
@@ -583,7 +583,7 @@ def _update_tile(
     RANDOM: tl.constexpr = ROUNDING == "stochastic"
     word = key
     if RANDOM:
-        word = _hash32(key ^ (start + offsets).to(tl.int32))
+        word = _hash32(key ^ (tl.cast(start, tl.int64).to(tl.int32) + offsets))
     if v_ptr is not None:
         v = tl.load(v_ptr + start + offsets, mask=mask).to(tl.float32)
         v = beta2 * v + square * g * g

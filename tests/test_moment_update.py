@@ -11,6 +11,8 @@ from torch import Tensor
 from trgnet.kernels import BackendError, moment_update, operator
 from trgnet.kernels.loss_gate import AVERAGES, PHASE, new_control, observed
 from trgnet.kernels.moment_update import (
+    PER_THREAD,
+    TILES,
     Draw,
     Hyper,
     Moments,
@@ -362,6 +364,27 @@ def test_other_layouts_are_updated_like_their_copies():
         )
         assert_same([t.contiguous() for t in step(p, g, m)], expected)
     assert (gaps[:, 1::2] == 0).all()
+
+
+@needs_triton
+def test_offsets_have_64_bits():
+    """A tensor of 2^33 elements, of which only the last chunk is there: addresses and sizes are moved by the rest."""
+    rows, results = torch.tensor([HYPER.row], device=DEVICE), []
+    for moved in (False, True):
+        moments = Moments(*([random_tensors(i, torch.float32, ((1500,),))[0].to(DEVICE)] for i in range(3)),
+                          [torch.ones(1500, device=DEVICE)])  # fmt: skip
+        table = MomentTable(moments, [0], [0])
+        if moved:
+            chunks, elements = 1 << 20, 1 << 33
+            assert elements == chunks * table.width * PER_THREAD * TILES
+            places = table.parts[0].table
+            places[:4] -= 4 * elements
+            places[5] += elements
+            places[8] += chunks
+        table.launch(moments, rows, torch.zeros(1, 3, device=DEVICE), form="product")
+        results.append([*moments.params, *moments.first, *moments.second])
+    assert_same(*results)
+    assert not torch.equal(results[0][0].cpu(), random_tensors(0, torch.float32, ((1500,),))[0])
 
 
 def test_dense_layouts():

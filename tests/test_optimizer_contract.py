@@ -532,6 +532,7 @@ def test_compiled_training_step(path: dict, make: Callable):
 
 @each_class
 @pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flat"])
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_distributed_checkpoint_round_trip(tmp_path: Path, make: Callable, flatten: bool):
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import (
