@@ -94,10 +94,11 @@ class Run:
     backend: str = "reference"
     rounding: str = "nearest"
     state_dtype: torch.dtype = torch.float32
+    shapes: tuple = SHAPES
 
     def __post_init__(self) -> None:
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self.params = [p.to(self.dtype).to(DEVICE) for p in random_tensors(0)]
+        self.params = [p.to(self.dtype).to(DEVICE) for p in random_tensors(0, shapes=self.shapes)]
         self.first = [
             torch.zeros_like(p, dtype=wide if wide == self.dtype else self.state_dtype) for p in self.params
         ]
@@ -219,15 +220,23 @@ LOSSES = (0.7, 0.5, 0.6, math.nan, 0.9, 0.55, math.inf, 0.2, 0.8, 0.61)
 def test_gate_decides_alike_everywhere(average: str, same: bool):
     """Phase, average and counts of steps, after every loss, of the reference and of the kernel: bit for bit."""
     losses = [torch.tensor(x, device=DEVICE) for x in LOSSES]
-    runs = [Run("sum", HYPER, False, backend="reference")]
+    shapes = ((3, 4), (5,))
+    runs = [Run("sum", HYPER, False, shapes=shapes)]
     if "triton" in operator("moment_update").backends:
-        runs.append(Run("sum", HYPER, False, backend="triton"))
+        runs.append(Run("sum", HYPER, False, backend="triton", shapes=shapes))
     histories = [torch.zeros(3, device=DEVICE) if average == "window" else None for _ in runs]
     seen: list[float] = []
     phase, steps = 1, [0, 0]
     for i, loss in enumerate(losses):
         for run, history in zip(runs, histories):
-            run.step(random_tensors(1), loss=loss, average=average, share=0.25, same=same, history=history)
+            run.step(
+                random_tensors(1, shapes=shapes),
+                loss=loss,
+                average=average,
+                share=0.25,
+                same=same,
+                history=history,
+            )
         before = phase
         if math.isfinite(LOSSES[i]):
             seen.append(float(loss))
