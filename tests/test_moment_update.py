@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from torch import Tensor
-from trgnet.kernels import BackendError, moment_update, operator
+from trgnet.kernels import BackendError, launch, moment_update, operator
 from trgnet.kernels.loss_gate import AVERAGES, PHASE, new_control, observed
 from trgnet.kernels.moment_update import (
     PER_THREAD,
@@ -26,9 +26,7 @@ from trgnet.kernels.moment_update import (
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = ((3, 4), (), (0, 2), (1100,), (9256,))
-needs_triton = pytest.mark.skipif(
-    "triton" not in operator("moment_update").backends, reason="Triton is not installed"
-)
+needs_triton = pytest.mark.skipif(launch.triton is None, reason="Triton is not installed")
 
 
 def random_tensors(seed: int, dtype: torch.dtype = torch.float64, shapes: tuple = SHAPES) -> list[Tensor]:
@@ -222,7 +220,7 @@ def test_gate_decides_alike_everywhere(average: str, same: bool):
     losses = [torch.tensor(x, device=DEVICE) for x in LOSSES]
     shapes = ((3, 4), (5,))
     runs = [Run("sum", HYPER, False, shapes=shapes)]
-    if "triton" in operator("moment_update").backends:
+    if launch.triton is not None:
         runs.append(Run("sum", HYPER, False, backend="triton", shapes=shapes))
     histories = [torch.zeros(3, device=DEVICE) if average == "window" else None for _ in runs]
     seen: list[float] = []
