@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from trgnet.optimizers import LCAM, SMES, GatedSMES
 
@@ -69,10 +80,46 @@ def sharded_parameters_follow_whole_ones(rank: int) -> None:
             assert torch.equal(again.state[sharded][name].full_tensor(), optimizers[0].state[whole][name])
 
 
+def fully_sharded_training_goes_on_from_a_distributed_checkpoint(folder: str) -> None:
+    """FSDP2: saved by both processes, loaded into a new model and optimizer, and continued bit for bit."""
+
+    def trainer(make: Callable[..., torch.optim.Optimizer]) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = fully_shard(nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)), mesh=mesh)
+        return model, make(model.parameters())
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for i in steps:
+            optimizer.zero_grad()
+            loss = model(torch.full((2, 3), float(i + dist.get_rank()))).square().mean()
+            loss.backward()
+            optimizer.step(loss=loss)
+
+    mesh = init_device_mesh("cpu", (2,))
+    for k, make in enumerate(MAKE):
+        model, optimizer = trainer(make)
+        train(model, optimizer, range(3))
+        place = f"{folder}/{k}"
+        checkpoint.save({"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)},
+                        checkpoint_id=place)  # fmt: skip
+        other, resumed = trainer(make)
+        state = {"model": get_model_state_dict(other), "optimizer": get_optimizer_state_dict(other, resumed)}
+        checkpoint.load(state, checkpoint_id=place)
+        set_model_state_dict(other, state["model"])
+        set_optimizer_state_dict(other, resumed, state["optimizer"])
+        train(model, optimizer, range(3, 6))
+        train(other, resumed, range(3, 6))
+        for p, q in zip(model.parameters(), other.parameters()):
+            assert torch.equal(p.full_tensor(), q.full_tensor())
+        groups = optimizer.param_groups[0], resumed.param_groups[0]
+        assert torch.equal(groups[0]["loss_gate"], groups[1]["loss_gate"]) and groups[0]["loss_gate"][2] == 6
+
+
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     replicas_stay_equal(dist.get_rank())
     sharded_parameters_follow_whole_ones(dist.get_rank())
+    fully_sharded_training_goes_on_from_a_distributed_checkpoint(sys.argv[1])
     dist.destroy_process_group()
     print("passed")

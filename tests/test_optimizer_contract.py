@@ -566,7 +566,8 @@ PROCESSES = Path(__file__).parent / "optimizer_processes.py"
 
 
 def test_two_processes(tmp_path: Path):
-    """Replicas with different local losses stay equal bit for bit; distributed parameters are updated like whole ones."""
+    """Replicas with different local losses stay equal bit for bit; distributed parameters are updated like whole ones; fully
+    sharded training goes on from a distributed checkpoint."""
     command = [
         sys.executable,
         "-m",
@@ -576,6 +577,6 @@ def test_two_processes(tmp_path: Path):
         "2",
         str(PROCESSES),
     ]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    run = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     assert run.stdout.count("passed") == 2
