@@ -59,6 +59,22 @@ ALLOWED_SPILLS = {("gfx942", "3.6"): 44, ("gfx942", "3.9"): 84}
 convolution there than that of 3.7, the release that torch comes with."""
 
 
+MADE_NARROW = {
+    "attention_layer": (0, 2),
+    "dynamic_graph_conv": (1,),
+    "masked_batch_norm": (0, 4),
+    "fusion_layer": (0, 1),
+    "dilated_residual": (0,),
+    "class_loss": (0,),
+    "boundary_loss": (0,),
+    "segment_mean": (0,),
+    "pairwise_distance": (0,),
+    "moment_update": (0, 1, 2, 3),
+}
+"""Positions of the arguments that come in half precision, as an operation before made them so under autocast; beside
+those that autocast narrows for the operator itself, ``Fused.narrowed``."""
+
+
 @dataclass(frozen=True)
 class Code:
     """Facts of one compiled kernel."""
@@ -111,7 +127,8 @@ def launches(job: Job) -> list[Launch]:
     """What forward and backward of an operator launch on the job's architecture."""
     dtype, matmul = PRECISIONS[job.precision]
     args = make_case(job.operator, job.size).network_args
-    args = tree_map_only(Tensor, lambda a: _on_meta(a, dtype), list(args))
+    narrow = {*operator(job.operator).triton.narrowed, *MADE_NARROW.get(job.operator, ())}
+    args = [_on_meta(a, dtype if i in narrow else None) for i, a in enumerate(args)]
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(matmul)
     try:
@@ -122,10 +139,9 @@ def launches(job: Job) -> list[Launch]:
     return list({launch.compilation: launch for launch in recorded}.values())
 
 
-def _on_meta(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    # Parameters stay in float32, as under autocast.
-    wide = tensor.dim() == 4 and tensor.is_floating_point()
-    return tensor.detach().to("meta", dtype if wide else tensor.dtype)
+def _on_meta(argument: Any, dtype: torch.dtype | None) -> Any:
+    """Its tensors, those in a list too, without values; in ``dtype``, if there is one."""
+    return tree_map_only(Tensor, lambda t: t.detach().to("meta", dtype or t.dtype), argument)
 
 
 def compile_job(job: Job) -> list[Code]:

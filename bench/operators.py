@@ -134,6 +134,10 @@ def make_case(name: str, size: Size = Size()) -> Case:
             lambda logits, labels, similarity, *_: published.class_loss(logits, labels, similarity),
         ),
         "moment_update": lambda: Case(_moment_update(random), None),
+        "boundary_loss": lambda: Case(
+            (random(n, 1, t), (labels == 0).float(), mask, torch.tensor(float(k))),
+            lambda logits, target, _, pos_weight: published.boundary_loss(logits, target, pos_weight),
+        ),
         "segment_mean": lambda: Case((random(n, f, t), *_segments(size)), published.segment_mean),
         "pairwise_distance": lambda: Case((random(size.segments, size.d),), published.pairwise_distance),
     }[name]()

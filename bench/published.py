@@ -147,6 +147,15 @@ def class_loss(logits: Tensor, labels: Tensor, similarity: Tensor) -> tuple[Tens
     return cross_entropy, torch.stack(smoothness).mean()
 
 
+def boundary_loss(logits: Tensor, target: Tensor, pos_weight: Tensor) -> Tensor:
+    """Sequence by sequence. logits (N, 1, T), target (N, T)."""
+    losses = [
+        functional.binary_cross_entropy_with_logits(sequence[0], truth, pos_weight=pos_weight)
+        for sequence, truth in zip(logits, target)
+    ]
+    return sum(losses) / len(losses)
+
+
 def segment_mean(x: Tensor, batch: Tensor, start: Tensor, length: Tensor) -> Tensor:
     """x (N, F, T) -> (S, F), segment by segment."""
     bounds = zip(batch.tolist(), start.tolist(), length.tolist())
@@ -165,7 +174,7 @@ def loss(
     step = batch.x[..., 1:] - batch.x[..., :-1]
     similarity = functional.pad(torch.exp(-step.flatten(1, 2).norm(dim=1) / 2), (1, 0))
     stages = [class_loss(logits, batch.labels, similarity) for logits in output.class_logits]
-    boundary = [_boundary_loss(logits, batch.boundaries, pos_weight) for logits in output.boundary_logits]
+    boundary = [boundary_loss(logits, batch.boundaries, pos_weight) for logits in output.boundary_logits]
     batch_index, start, length, labels = _segments(batch.labels)
     features = segment_mean(output.feature_map, batch_index, start, length)
     terms = {
@@ -177,14 +186,6 @@ def loss(
     }
     weighted = sum(weight * terms[name] for name, weight in LOSS_WEIGHTS.items())
     return {"total": terms["cross_entropy"] + terms["smoothness"] + weighted} | terms
-
-
-def _boundary_loss(logits: Tensor, target: Tensor, pos_weight: Tensor) -> Tensor:
-    losses = [
-        functional.binary_cross_entropy_with_logits(sequence[0], truth, pos_weight=pos_weight)
-        for sequence, truth in zip(logits, target)
-    ]
-    return sum(losses) / len(losses)
 
 
 def _segments(labels: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ OPERATORS = (
     "fusion_layer",
     "dilated_residual",
     "class_loss",
+    "boundary_loss",
     "segment_mean",
     "pairwise_distance",
 )

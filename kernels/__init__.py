@@ -5,7 +5,7 @@ from __future__ import annotations
 from .attention_layer import attention_layer
 from .backend import BACKENDS, BackendError, current_backend, use_backend
 from .dilated_residual import dilated_residual
-from .dropout import channel_dropout, dropout
+from .dropout import channel_mask, dropout
 from .dynamic_graph_conv import dynamic_graph_conv
 from .frame_loss import IGNORE, boundary_loss, class_loss, frame_similarity
 from .fusion_layer import fusion_layer
@@ -25,7 +25,7 @@ __all__ = [
     "Operator",
     "attention_layer",
     "boundary_loss",
-    "channel_dropout",
+    "channel_mask",
     "check_mask",
     "check_shapes",
     "class_loss",

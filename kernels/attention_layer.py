@@ -1,7 +1,7 @@
 """Temporal attention layer: dilated convolution, instance norm, linear attention, two residuals.
 
     o   = relu(conv1d(x; kernel 3, dilation d))                            local context
-    h   = (o - mean_t o) / sqrt(var_t o + 1e-5)                            over real frames, biased variance
+    h   = (o - mean_t o) / sqrt(var_t o + 1e-5)                            over real frames, biased variance; 0 elsewhere
     Q   = sigmoid(Wq h + bq),  K = sigmoid(Wk h + bk),  U = Wv s + bv      s = source (decoder) or h (encoder)
     att = dropout(Wo concat_heads[ (K U^T)^T Q / (Q . (sum_t K + 1e-6)) ] + bo)
     out = (x + dropout(Wc (scale * att + o) + bc)) * mask
@@ -16,15 +16,40 @@ Source: arXiv 2503.15126 (linear attention with sigmoid feature map); restrictio
 
 from __future__ import annotations
 
-from typing import Optional
+from collections.abc import Sequence
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor
 
-from .dropout import check_probability, dropout
-from .operator import Operator, check_mask, check_shapes
+from .dilated_conv import (
+    dilated_conv,
+    dilation_arguments,
+    launch_dilated_conv_backward,
+    load_dilated_weights,
+)
+from .dropout import check_probability, dropout, dropout_arguments, dropout_rows, dropped
+from .frame_statistics import of_sequence, store_sequence_part, with_tile
+from .frame_tiles import (
+    PROGRAMS,
+    load_frames,
+    load_real,
+    load_vector,
+    needs_split_products,
+    sequence_and_part,
+    split,
+    split_gradients,
+    store_frames,
+    store_matrix,
+    tile_constants,
+    unsupported_frames,
+    warps,
+    wide_precision,
+)
+from .launch import cdiv, device_function, kernel, launch, launchable, power_of_two, rows, target_of, tl
+from .operator import Fused, Operator, check_mask, check_shapes
 from .pointwise import pointwise
 from .precision import widened, without_autocast
 
@@ -70,7 +95,7 @@ def _instance_norm(x: Tensor, real: Tensor) -> Tensor:
     mean = (wide * real).sum(2, keepdim=True) / count
     centred = wide - mean
     var = (centred * real).square().sum(2, keepdim=True) / count
-    return (centred * torch.rsqrt(var + NORM_EPS)).to(x.dtype)
+    return (centred * torch.rsqrt(var + NORM_EPS) * real).to(x.dtype)
 
 
 def _linear_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
@@ -90,7 +115,527 @@ def _flops(x: Tensor, mask: Tensor, source: Optional[Tensor], *rest: object) -> 
     return n * t * products, 2 * n * t * products
 
 
-OPERATOR = Operator(_attention_layer_reference, _flops)
+@device_function
+def _normalised(o, mean, rstd):
+    return (o.to(tl.float32) - mean[:, None]) * rstd[:, None]
+
+
+@device_function
+def _sigmoid_product(weight, h, bias, PRECISION: tl.constexpr):
+    return tl.sigmoid(tl.dot(weight, h, input_precision=PRECISION) + bias[:, None])
+
+
+QUERY, KEY, VALUE, ATTENTION, OUTPUT = (tl.constexpr(i) for i in range(5))
+"""Places of the square weights among the packed ones."""
+TRANSPOSED = tl.constexpr(5)
+"""Added to them, those of the transposed weights."""
+NORMALISED, ATTENDED, MIXED = (tl.constexpr(i) for i in range(5, 8))
+"""The right operands of the weights' gradients, h, what is attended to and r, behind the five left ones."""
+
+
+@kernel
+def _attention_pack_kernel(
+    query_key_ptr, value_ptr, attention_ptr, output_ptr, packed_ptr, one_head_ptr, HEAD: tl.constexpr, F: tl.constexpr,
+    BF: tl.constexpr,
+):  # fmt: skip
+    """The square weights and the transposed ones in the dtype of the products, zero beyond the last feature.
+
+    Loaded as they are, without masks and conversions, they go straight to shared memory. Of one_head see below.
+    """
+    i, o_f = tl.program_id(0), tl.arange(0, BF)
+    inside = (o_f < F)[:, None] & (o_f < F)[None, :]
+    places = o_f[:, None] * F + o_f[None, :]
+    if i < VALUE:
+        weight = tl.load(query_key_ptr + i * F * F + places, mask=inside, other=0.0)
+    elif i == VALUE:
+        weight = tl.load(value_ptr + places, mask=inside, other=0.0)
+    elif i == ATTENTION:
+        weight = tl.load(attention_ptr + places, mask=inside, other=0.0)
+    else:
+        weight = tl.load(output_ptr + places, mask=inside, other=0.0)
+    weight = weight.to(packed_ptr.dtype.element_ty)
+    packed_ptr += i * (BF * BF)
+    tl.store(packed_ptr + (o_f[:, None] * BF + o_f[None, :]), weight)
+    tl.store(packed_ptr + TRANSPOSED * (BF * BF) + (o_f[None, :] * BF + o_f[:, None]), weight)
+    if i == 0:
+        tl.store(one_head_ptr + (o_f[:, None] * BF + o_f[None, :]), _one_head(o_f, HEAD))
+
+
+@device_function
+def _load_packed(packed_ptr, i: tl.constexpr, BF: tl.constexpr):
+    """One of the packed weights [BF, BF]."""
+    o_f = tl.arange(0, BF)
+    return tl.load(packed_ptr + (i * (BF * BF) + o_f[:, None] * BF + o_f[None, :]))
+
+
+@device_function
+def _one_head(o_f, HEAD: tl.constexpr):
+    """1 where two features share a head [BF, BF]. Those beyond the last make up heads of their own: no sum is 0."""
+    return ((o_f // HEAD)[:, None] == (o_f // HEAD)[None, :]).to(tl.float32)
+
+
+@device_function
+def _heads(o_f, F, HEAD: tl.constexpr):
+    """Which pairs of features [BF, BF] share a head."""
+    return ((o_f // HEAD)[:, None] == (o_f // HEAD)[None, :]) & (o_f < F)[:, None] & (o_f < F)[None, :]
+
+
+@device_function
+def _load_heads(ptr, o_f, F, HEAD: tl.constexpr):
+    """The matrices (F, HEAD) of all heads as one [BF, BF], zero between heads."""
+    places = o_f[:, None] * HEAD + (o_f % HEAD)[None, :]
+    return tl.load(ptr + places, mask=_heads(o_f, F, HEAD), other=0.0)
+
+
+@device_function
+def _load_heads_transposed(ptr, o_f, F, HEAD: tl.constexpr):
+    places = o_f[None, :] * HEAD + (o_f % HEAD)[:, None]
+    return tl.load(ptr + places, mask=_heads(o_f, F, HEAD), other=0.0)
+
+
+@device_function
+def _store_heads(ptr, x, o_f, F, HEAD: tl.constexpr):
+    """Store what [BF, BF] holds within heads as matrices (F, HEAD)."""
+    tl.store(ptr + (o_f[:, None] * HEAD + (o_f % HEAD)[None, :]), x, mask=_heads(o_f, F, HEAD))
+
+
+@device_function
+def _normalised_and_keys(o, real, stats_ptr, sums_ptr, i_n, o_f, eps, F, HEAD: tl.constexpr):
+    """h in the dtype of o, and the sum of keys."""
+    stats_ptr += i_n * (2 * F + 1)
+    h = _normalised(o, load_vector(stats_ptr, o_f, F), load_vector(stats_ptr + F, o_f, F))
+    # Padded frames are no part of the statistics: there h may be so large that Q and the normaliser are 0.
+    h = tl.where(real[None, :], h, 0.0).to(o.dtype)
+    return h, load_vector(sums_ptr + i_n * (F * HEAD + F) + F * HEAD, o_f, F) + tl.cast(eps, tl.float32)
+
+
+@device_function
+def _attend(
+    h, keys, sums_ptr, packed_ptr, one_head_ptr, query_bias_ptr, o_f, F, HEAD: tl.constexpr, BF: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Q as it rounds to, the normaliser of its head, and what is attended to: [BF, BT] in float32."""
+    query = _load_packed(packed_ptr, QUERY, BF)
+    query = (
+        _sigmoid_product(query, h, load_vector(query_bias_ptr, o_f, F), PRECISION).to(h.dtype).to(tl.float32)
+    )
+    normaliser = tl.dot(_load_packed(one_head_ptr, 0, BF), keys[:, None] * query, input_precision=WIDE)
+    attended = tl.dot(_load_heads(sums_ptr, o_f, F, HEAD), query, input_precision=WIDE)
+    return query, normaliser, attended / normaliser
+
+
+@kernel
+def _attention_conv_kernel(
+    x_ptr, mask_ptr, weight_ptr, bias_ptr, o_ptr, parts_ptr, d, T, P, STEPS, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr,
+    UNIT: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """o, and the parts of its statistics."""
+    T, d = T * UNIT, d * STRIDE
+    i_n, i_p = sequence_and_part(P)
+    o_f, o_t = tl.arange(0, BF), tl.arange(0, BT)
+    plane = i_n * F * T
+    dtype = x_ptr.dtype.element_ty
+    weight0, weight1, weight2 = load_dilated_weights(weight_ptr, o_f, F, dtype)
+    bias = load_vector(bias_ptr, o_f, F)
+    count, mean, squares = 0.0, tl.zeros([BF], tl.float32), tl.zeros([BF], tl.float32)
+    for i in range(0, STEPS):
+        t = (i_p * STEPS + i) * BT + o_t
+        y = dilated_conv(x_ptr + plane, weight0, weight1, weight2, bias, o_f, t, d, F, T, PRECISION)
+        o = tl.where(y <= 0.0, 0.0, y).to(dtype)  # a NaN stays one, as in torch.relu
+        store_frames(o_ptr + plane, o, o_f, t, F, T)
+        real = load_real(mask_ptr + i_n * T, t, T)
+        count, mean, squares = with_tile(count, mean, squares, o.to(tl.float32), real)
+    store_sequence_part(parts_ptr + tl.program_id(0).to(tl.int64) * (2 * F + 1), count, mean, squares, o_f, F)
+
+
+@kernel
+def _attention_key_value_kernel(
+    o_ptr, mask_ptr, source_ptr, packed_ptr, key_bias_ptr, value_bias_ptr, parts_ptr, stats_ptr,
+    sums_ptr, eps, T, P, STEPS, HEAD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Statistics of o (mean, 1 / deviation, number of frames), and parts of the sums over time of U K^T and K."""
+    T = T * UNIT
+    i_n, i_p = sequence_and_part(P)
+    o_f, o_t = tl.arange(0, BF), tl.arange(0, BT)
+    plane = i_n * F * T
+    dtype = o_ptr.dtype.element_ty
+    count, mean, var = of_sequence(parts_ptr + i_n * P * (2 * F + 1), o_f, F, P)
+    rstd = 1.0 / tl.sqrt(var + tl.cast(eps, tl.float32))
+    if i_p == 0:
+        stats_ptr += i_n * (2 * F + 1)
+        tl.store(stats_ptr + o_f, mean, mask=o_f < F)
+        tl.store(stats_ptr + F + o_f, rstd, mask=o_f < F)
+        tl.store(stats_ptr + 2 * F, count)
+    key_bias, value_bias = load_vector(key_bias_ptr, o_f, F), load_vector(value_bias_ptr, o_f, F)
+    key_value, keys = tl.zeros([BF, BF], tl.float32), tl.zeros([BF], tl.float32)
+    for i in range(0, STEPS):
+        t = (i_p * STEPS + i) * BT + o_t
+        h = _normalised(load_frames(o_ptr + plane, o_f, t, F, T), mean, rstd).to(dtype)
+        key = _sigmoid_product(_load_packed(packed_ptr, KEY, BF), h, key_bias, PRECISION)
+        key = tl.where(load_real(mask_ptr + i_n * T, t, T)[None, :], key, 0.0).to(dtype)
+        if source_ptr is not None:
+            h = load_frames(source_ptr + plane, o_f, t, F, T)
+        value = (
+            tl.dot(_load_packed(packed_ptr, VALUE, BF), h, input_precision=PRECISION) + value_bias[:, None]
+        ).to(dtype)
+        key_value = tl.dot(value, tl.trans(key), key_value, input_precision=PRECISION)
+        keys += tl.sum(key.to(tl.float32), 1)
+    sums_ptr += tl.program_id(0).to(tl.int64) * (F * HEAD + F)
+    _store_heads(sums_ptr, key_value, o_f, F, HEAD)
+    tl.store(sums_ptr + F * HEAD + o_f, keys, mask=o_f < F)
+
+
+@kernel
+def _attention_output_kernel(
+    x_ptr, mask_ptr, o_ptr, stats_ptr, sums_ptr, packed_ptr, one_head_ptr, query_bias_ptr, attention_bias_ptr,
+    output_bias_ptr, attention_seed_ptr, output_seed_ptr, out_ptr, eps, scale, attention_threshold, attention_scale,
+    output_threshold, output_scale, T, TILES, HEAD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Everything from Q on, of one tile."""
+    T = T * UNIT
+    i_n, i_t = sequence_and_part(TILES)
+    o_f, t = tl.arange(0, BF), i_t * BT + tl.arange(0, BT)
+    plane = i_n * F * T
+    real = load_real(mask_ptr + i_n * T, t, T)
+    o = load_frames(o_ptr + plane, o_f, t, F, T)
+    h, keys = _normalised_and_keys(o, real, stats_ptr, sums_ptr, i_n, o_f, eps, F, HEAD)
+    sums_ptr += i_n * (F * HEAD + F)
+    _, _, attended = _attend(
+        h, keys, sums_ptr, packed_ptr, one_head_ptr, query_bias_ptr, o_f, F, HEAD, BF, PRECISION, WIDE
+    )
+    y = tl.dot(_load_packed(packed_ptr, ATTENTION, BF), attended.to(o.dtype), input_precision=PRECISION)
+    y += load_vector(attention_bias_ptr, o_f, F)[:, None]
+    if attention_seed_ptr is not None:
+        y = dropped(
+            y, dropout_rows(attention_seed_ptr, i_n * F + o_f), t, attention_threshold, attention_scale
+        )
+    y = (tl.cast(scale, tl.float32) * y + o.to(tl.float32)).to(o.dtype)
+    y = tl.dot(_load_packed(packed_ptr, OUTPUT, BF), y, input_precision=PRECISION)
+    y += load_vector(output_bias_ptr, o_f, F)[:, None]
+    if output_seed_ptr is not None:
+        y = dropped(y, dropout_rows(output_seed_ptr, i_n * F + o_f), t, output_threshold, output_scale)
+    y += load_frames(x_ptr + plane, o_f, t, F, T).to(tl.float32)
+    store_frames(out_ptr + plane, tl.where(real[None, :], y, 0.0), o_f, t, F, T)
+
+
+@kernel
+def _attention_output_backward_kernel(
+    grad_ptr, mask_ptr, o_ptr, stats_ptr, sums_ptr, packed_ptr, one_head_ptr, query_bias_ptr, attention_bias_ptr,
+    attention_seed_ptr, output_seed_ptr, gr_ptr, gh_ptr, operands_ptr, grad_sums_ptr, eps, scale, attention_threshold,
+    attention_scale, output_threshold, output_scale, N, T, TILES, HEAD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
+    BT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """From the output to r and Q, of one tile: gr, the part of gh that comes from Q, a part of the gradients of both sums,
+    and the operands of the weights' gradients on the way."""
+    T = T * UNIT
+    i_n, i_t = sequence_and_part(TILES)
+    o_f, t = tl.arange(0, BF), i_t * BT + tl.arange(0, BT)
+    plane, everything = i_n * F * T, N.to(tl.int64) * F * T
+    operands_ptr += plane
+    real = load_real(mask_ptr + i_n * T, t, T)
+    o = load_frames(o_ptr + plane, o_f, t, F, T)
+    h, keys = _normalised_and_keys(o, real, stats_ptr, sums_ptr, i_n, o_f, eps, F, HEAD)
+    sums_ptr += i_n * (F * HEAD + F)
+    store_frames(operands_ptr + NORMALISED * everything, h, o_f, t, F, T)
+    query, normaliser, attended = _attend(
+        h, keys, sums_ptr, packed_ptr, one_head_ptr, query_bias_ptr, o_f, F, HEAD, BF, PRECISION, WIDE
+    )
+    store_frames(operands_ptr + ATTENDED * everything, attended, o_f, t, F, T)
+    y = tl.dot(_load_packed(packed_ptr, ATTENTION, BF), attended.to(o.dtype), input_precision=PRECISION)
+    y += load_vector(attention_bias_ptr, o_f, F)[:, None]
+    scale = tl.cast(scale, tl.float32)
+    if attention_seed_ptr is not None:
+        attention_rows = dropout_rows(attention_seed_ptr, i_n * F + o_f)
+        y = dropped(y, attention_rows, t, attention_threshold, attention_scale)
+    store_frames(operands_ptr + MIXED * everything, scale * y + o.to(tl.float32), o_f, t, F, T)
+    # Back to r.
+    g = tl.where(real[None, :], load_frames(grad_ptr + plane, o_f, t, F, T).to(tl.float32), 0.0)
+    if output_seed_ptr is not None:
+        g = dropped(g, dropout_rows(output_seed_ptr, i_n * F + o_f), t, output_threshold, output_scale)
+    g = g.to(o.dtype)
+    store_frames(operands_ptr + OUTPUT * everything, g, o_f, t, F, T)
+    g = tl.dot(_load_packed(packed_ptr, TRANSPOSED + OUTPUT, BF), g, input_precision=PRECISION)
+    store_frames(gr_ptr + plane, g, o_f, t, F, T)
+    # Back to what is attended to.
+    g = scale * g
+    if attention_seed_ptr is not None:
+        g = dropped(g, attention_rows, t, attention_threshold, attention_scale)
+    g = g.to(o.dtype)
+    store_frames(operands_ptr + ATTENTION * everything, g, o_f, t, F, T)
+    u = (
+        tl.dot(_load_packed(packed_ptr, TRANSPOSED + ATTENTION, BF), g, input_precision=PRECISION)
+        / normaliser
+    )
+    # Back to both sums and to Q.
+    grad_sums_ptr += tl.program_id(0).to(tl.int64) * (F * HEAD + F)
+    share = tl.dot(_load_packed(one_head_ptr, 0, BF), u * attended, input_precision=WIDE)  # sum over the head
+    tl.store(grad_sums_ptr + F * HEAD + o_f, -tl.sum(query * share, 1), mask=o_f < F)
+    g = (
+        tl.dot(_load_heads_transposed(sums_ptr, o_f, F, HEAD), u, input_precision=WIDE)
+        - keys[:, None] * share
+    )
+    g = (g * query * (1.0 - query)).to(o.dtype)
+    store_frames(operands_ptr + QUERY * everything, g, o_f, t, F, T)
+    g = tl.dot(_load_packed(packed_ptr, TRANSPOSED + QUERY, BF), g, input_precision=PRECISION)
+    store_frames(gh_ptr + plane, g, o_f, t, F, T)
+    _store_heads(grad_sums_ptr, tl.dot(u, tl.trans(query), input_precision=WIDE), o_f, F, HEAD)
+
+
+@kernel
+def _attention_key_value_backward_kernel(
+    mask_ptr, o_ptr, stats_ptr, source_ptr, grad_sums_ptr, packed_ptr, key_bias_ptr, value_bias_ptr, query_gh_ptr, gh_ptr,
+    grad_source_ptr, operands_ptr, norm_sums_ptr, N, T, TILES, HEAD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr,
+    BT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """From K and U to h and the source, of one tile: gh, the gradient of the source, a part of the sums that the norm
+    needs, and the operands of the weights' gradients."""
+    T = T * UNIT
+    i_n, i_t = sequence_and_part(TILES)
+    o_f, t = tl.arange(0, BF), i_t * BT + tl.arange(0, BT)
+    plane, everything = i_n * F * T, N.to(tl.int64) * F * T
+    operands_ptr += plane
+    o = load_frames(o_ptr + plane, o_f, t, F, T)
+    stats_ptr += i_n * (2 * F + 1)
+    normalised = _normalised(o, load_vector(stats_ptr, o_f, F), load_vector(stats_ptr + F, o_f, F))
+    h = normalised.to(o.dtype)
+    source = h
+    if source_ptr is not None:
+        source = load_frames(source_ptr + plane, o_f, t, F, T)
+    grad_sums_ptr += i_n * (F * HEAD + F)
+    # Back to U.
+    key = _sigmoid_product(_load_packed(packed_ptr, KEY, BF), h, load_vector(key_bias_ptr, o_f, F), PRECISION)
+    real = load_real(mask_ptr + i_n * T, t, T)
+    key = tl.where(real[None, :], key.to(o.dtype).to(tl.float32), 0.0)
+    g = tl.dot(_load_heads(grad_sums_ptr, o_f, F, HEAD), key, input_precision=WIDE).to(o.dtype)
+    store_frames(operands_ptr + VALUE * everything, g, o_f, t, F, T)
+    gh = load_frames(query_gh_ptr + plane, o_f, t, F, T).to(tl.float32)
+    g = tl.dot(_load_packed(packed_ptr, TRANSPOSED + VALUE, BF), g, input_precision=PRECISION)
+    if source_ptr is not None:
+        store_frames(grad_source_ptr + plane, g, o_f, t, F, T)
+    else:
+        gh += g
+    # Back to K, whose gradient is 0 where it is: on padded frames.
+    value = tl.dot(_load_packed(packed_ptr, VALUE, BF), source, input_precision=PRECISION)
+    value = (value + load_vector(value_bias_ptr, o_f, F)[:, None]).to(o.dtype).to(tl.float32)
+    g = tl.dot(_load_heads_transposed(grad_sums_ptr, o_f, F, HEAD), value, input_precision=WIDE)
+    g += load_vector(grad_sums_ptr + F * HEAD, o_f, F)[:, None]
+    g = (g * key * (1.0 - key)).to(o.dtype)
+    store_frames(operands_ptr + KEY * everything, g, o_f, t, F, T)
+    gh += tl.dot(_load_packed(packed_ptr, TRANSPOSED + KEY, BF), g, input_precision=PRECISION)
+    store_frames(gh_ptr + plane, gh, o_f, t, F, T)
+    norm_sums_ptr += tl.program_id(0).to(tl.int64) * (2 * F)
+    tl.store(norm_sums_ptr + o_f, tl.sum(gh, 1), mask=o_f < F)
+    tl.store(norm_sums_ptr + F + o_f, tl.sum(gh * normalised, 1), mask=o_f < F)
+
+
+@kernel
+def _attention_weights_backward_kernel(
+    operands_ptr, source_ptr, parts_ptr, N, T, P, STEPS, COLUMNS, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A part of the gradients of one square weight and its bias: the sum over frames of one operand times another."""
+    T = T * UNIT
+    i_n, i_p = sequence_and_part(P)
+    i = tl.program_id(1)
+    o_f, o_t = tl.arange(0, BF), tl.arange(0, BT)
+    plane, everything = i_n * F * T, N.to(tl.int64) * F * T
+    left_ptr = operands_ptr + plane + i * everything
+    right_ptr = (
+        operands_ptr + plane + tl.where(i < ATTENTION, NORMALISED, i - ATTENTION + ATTENDED) * everything
+    )
+    if source_ptr is not None:
+        if i == VALUE:
+            right_ptr = source_ptr + plane
+    gw, gb = tl.zeros([BF, BF], tl.float32), tl.zeros([BF], tl.float32)
+    for j in range(0, STEPS):
+        t = (i_p * STEPS + j) * BT + o_t
+        left = load_frames(left_ptr, o_f, t, F, T)
+        gw = tl.dot(left, tl.trans(load_frames(right_ptr, o_f, t, F, T)), gw, input_precision=PRECISION)
+        gb += tl.sum(left.to(tl.float32), 1)
+    # Behind those of the convolution; the weights of query and key come before their biases.
+    parts_ptr += tl.program_id(0).to(tl.int64) * COLUMNS + 3 * F * F + F
+    query_or_key = i < VALUE
+    weight = tl.where(query_or_key, i * F * F, i * (F * F + F))
+    bias = tl.where(query_or_key, 2 * F * F + i * F, weight + F * F)
+    store_matrix(parts_ptr + weight, gw, o_f, o_f, F, F, 1)
+    tl.store(parts_ptr + bias + o_f, gb, mask=o_f < F)
+
+
+SUM_FRAMES = 32
+"""Frames of a tile where gradients of weights are added up."""
+
+
+def _frames(x: Tensor) -> int:
+    """Frames of a tile."""
+    return 16 if needs_split_products(x) else 32
+
+
+def _warps(x: Tensor) -> int:
+    """Warps of the longest chain of products, whose split operands spill with more on Hopper, and with fewer elsewhere."""
+    return 4 if needs_split_products(x) and target_of(x).arch == 90 else warps(x)
+
+
+def _dropouts(
+    seeds: Tensor | None, attention_dropout: float, output_dropout: float
+) -> tuple[tuple[Tensor | None, Tensor | None], tuple[int, float, int, float]]:
+    """The seeds of both dropouts, and their thresholds and scales."""
+    pair = (None, None) if seeds is None else (seeds[0], seeds[1])
+    attention_seed, *attention = dropout_arguments(attention_dropout, pair[0])
+    output_seed, *output = dropout_arguments(output_dropout, pair[1])
+    return (attention_seed, output_seed), (*attention, *output)
+
+
+def _forward(
+    x: Tensor,
+    mask: Tensor,
+    source: Optional[Tensor],
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    query_key_weight: Tensor,
+    query_key_bias: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    attention_weight: Tensor,
+    attention_bias: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    seeds: Optional[Tensor],
+    dilation: int,
+    heads: int,
+    scale: float,
+    attention_dropout: float,
+    output_dropout: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, f, t = x.shape
+    out, o = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+    stats = x.new_empty(n, 2 * f + 1, dtype=torch.float32)
+    head, width = f // heads, power_of_two(f, 16)
+    packed, one_head = x.new_empty(10, width, width), stats.new_empty(width, width)
+    if not launchable(x) or not x.numel():
+        return out, o, stats, stats.new_empty(n, f * head + f), packed, one_head
+    launch(
+        _attention_pack_kernel, (5,), query_key_weight.contiguous(), value_weight.contiguous(),
+        attention_weight.contiguous(), output_weight.contiguous(), packed, one_head, HEAD=head, F=f, BF=width,
+    )  # fmt: skip
+    x, mask, source = rows(x), rows(mask), None if source is None else rows(source)
+    constants = tile_constants(x, _frames(x)) | {"num_warps": warps(x)}
+    length, tiles = t // constants["UNIT"], cdiv(t, constants["BT"])
+    per_sequence, steps = split(x, constants["BT"])
+    programs, division = (n * per_sequence,), (length, per_sequence, steps)
+    parts = stats.new_empty(n, per_sequence, 2 * f + 1)
+    d, stride = dilation_arguments(dilation)
+    launch(
+        _attention_conv_kernel, programs, x, mask, conv_weight.contiguous(), conv_bias, o, parts, d, *division, **stride,
+        **constants,
+    )  # fmt: skip
+    query_bias, key_bias = query_key_bias.chunk(2)
+    sums = stats.new_empty(n, per_sequence, f * head + f)
+    launch(
+        _attention_key_value_kernel, programs, o, mask, source, packed, key_bias, value_bias, parts, stats, sums, NORM_EPS,
+        *division, HEAD=head, **constants,
+    )  # fmt: skip
+    sums = sums.sum(1)
+    dropout_seeds, numbers = _dropouts(seeds, attention_dropout, output_dropout)
+    launch(
+        _attention_output_kernel, (n * tiles,), x, mask, o, stats, sums, packed, one_head, query_bias, attention_bias,
+        output_bias, *dropout_seeds, out, ATTENTION_EPS, scale, *numbers, length, tiles, HEAD=head,
+        WIDE=wide_precision(x), **constants,
+    )  # fmt: skip
+    return out, o, stats, sums, packed, one_head
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    mask: Tensor,
+    source: Optional[Tensor],
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    query_key_weight: Tensor,
+    query_key_bias: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    attention_weight: Tensor,
+    attention_bias: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    seeds: Optional[Tensor],
+    dilation: int,
+    heads: int,
+    scale: float,
+    attention_dropout: float,
+    output_dropout: float,
+    o: Tensor,
+    stats: Tensor,
+    sums: Tensor,
+    packed: Tensor,
+    one_head: Tensor,
+    needed: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, f, t = x.shape
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_source = None if source is None else torch.empty_like(grad_x)
+    columns = 8 * f * f + 6 * f
+    if not launchable(x) or not x.numel():
+        return grad_x, grad_source, x.new_zeros(columns, dtype=torch.float32)
+    x, mask, grad = rows(x), rows(mask), rows(grad)
+    source = None if source is None else rows(source)
+    constants = tile_constants(x, _frames(x)) | {"num_warps": warps(x)}
+    length, tiles, head = t // constants["UNIT"], cdiv(t, constants["BT"]), f // heads
+    chain = {"HEAD": head, "WIDE": wide_precision(x), **constants}
+    gr, query_gh, gh = (torch.empty_like(x) for _ in range(3))
+    operands = x.new_empty(8, n, f, t)
+    grad_sums = stats.new_empty(n, tiles, f * head + f)
+    query_bias, key_bias = query_key_bias.chunk(2)
+    dropout_seeds, numbers = _dropouts(seeds, attention_dropout, output_dropout)
+    launch(
+        _attention_output_backward_kernel, (n * tiles,), grad, mask, o, stats, sums, packed, one_head, query_bias,
+        attention_bias, *dropout_seeds, gr, query_gh, operands, grad_sums, ATTENTION_EPS, scale, *numbers, n, length,
+        tiles, **(chain | {"num_warps": _warps(x)}),
+    )  # fmt: skip
+    norm_sums = stats.new_empty(n, tiles, 2 * f)
+    launch(
+        _attention_key_value_backward_kernel, (n * tiles,), mask, o, stats, source, grad_sums.sum(1), packed, key_bias,
+        value_bias, query_gh, gh, grad_source, operands, norm_sums, n, length, tiles, **chain,
+    )  # fmt: skip
+    per_sequence, steps = split(x, SUM_FRAMES, PROGRAMS // 2)
+    parts = stats.new_empty(n * per_sequence, columns)
+    launch_dilated_conv_backward(
+        grad, mask, x, conv_weight.contiguous(), dilation, gr, (gh, o, stats, norm_sums.sum(1)), grad_x, parts,
+        (per_sequence, steps), SUM_FRAMES,
+    )  # fmt: skip
+    launch(
+        _attention_weights_backward_kernel, (n * per_sequence, 5), operands, source, parts, n, length, per_sequence,
+        steps, columns, **(constants | {"BT": SUM_FRAMES}),
+    )  # fmt: skip
+    return grad_x, grad_source, parts.sum(0)
+
+
+def _unpack(computed: Sequence[Tensor], args: Sequence[Any]) -> tuple[Tensor | None, ...]:
+    grad_x, grad_source, flat = computed
+    return (grad_x, grad_source, *split_gradients(flat, args[3:13]))
+
+
+def _unsupported(x: Tensor, mask: Tensor, source: Optional[Tensor], *_: object) -> str | None:
+    return unsupported_frames(x)
+
+
+OPERATOR = Operator(
+    _attention_layer_reference,
+    _flops,
+    Fused(
+        _forward,
+        _backward,
+        differentiable=(0, 2, *range(3, 13)),
+        saved=(1, 2, 3, 4, 5),
+        kept=5,
+        unpack=_unpack,
+        narrowed=(0, 2),
+        unsupported=_unsupported,
+    ),
+)
 
 
 def attention_layer(

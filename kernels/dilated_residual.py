@@ -1,21 +1,54 @@
 """Dilated residual layer over time.
 
-    out = (x + dropout(W relu(conv1d(x; kernel 3, dilation d)) + b)) * mask
+    out = (x + dropout(W h + b)) * mask,    h = relu(y),   y = conv1d(x; kernel 3, dilation d)
+
+Backward, with gc the gradient behind the product:
+
+    gc = dropout(grad * mask),   gz = (W^T gc) [y > 0],   grad_W = sum_(n,t) gc h^T,   grad_b = sum_(n,t) gc
+    grad_x = grad * mask + what the convolution gives back of gz: see :mod:`.dilated_conv`
 
 Shapes: x, out (N, F, T); mask (N, 1, T) bool; convolution (F, F, 3); W (F, F).
 Source: Y. Abu Farha, J. Gall, MS-TCN, arXiv 1903.01945.
+
+One launch forward. Backward computes y again, which is cheaper than to keep it, and wants gz at frames of other
+programs: one launch that makes it, one that uses it. Both leave parts of the gradients of the parameters, one row for
+each program, whose sum is the third.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Optional
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from .dropout import check_probability, dropout
-from .operator import Operator, check_mask, check_shapes
+from .dilated_conv import (
+    dilated_conv,
+    dilated_conv_by_taps,
+    dilation_arguments,
+    launch_dilated_conv_backward,
+    load_dilated_weights,
+)
+from .dropout import check_probability, dropout, dropout_arguments, dropout_rows, dropped
+from .frame_tiles import (
+    load_frames,
+    load_matrix,
+    load_real,
+    load_vector,
+    needs_split_products,
+    sequence_and_part,
+    split,
+    split_gradients,
+    store_frames,
+    store_gradients,
+    tile_constants,
+    unsupported_frames,
+    warps,
+)
+from .launch import kernel, launch, launchable, rows, tl, unit
+from .operator import Fused, Operator, check_mask, check_shapes
 from .pointwise import pointwise
 
 
@@ -39,7 +72,155 @@ def _flops(x: Tensor, *_: object) -> tuple[int, int]:
     return 8 * n * t * features * features, 16 * n * t * features * features
 
 
-OPERATOR = Operator(_dilated_residual_reference, _flops)
+@kernel
+def _dilated_residual_forward_kernel(
+    x_ptr, mask_ptr, conv_weight_ptr, conv_bias_ptr, weight_ptr, bias_ptr, seed_ptr, out_ptr, threshold, scale, d, T, P,
+    STEPS, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr, STRIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    T, d = T * UNIT, d * STRIDE
+    i_n, i_p = sequence_and_part(P)
+    o_f, o_t = tl.arange(0, BF), tl.arange(0, BT)
+    plane = i_n * F * T
+    dtype = x_ptr.dtype.element_ty
+    weight0, weight1, weight2 = load_dilated_weights(conv_weight_ptr, o_f, F, dtype)
+    weight = load_matrix(weight_ptr, o_f, o_f, F, F, 1, dtype)
+    conv_bias, bias = load_vector(conv_bias_ptr, o_f, F), load_vector(bias_ptr, o_f, F)
+    if seed_ptr is not None:
+        dropout_keys = dropout_rows(seed_ptr, i_n * F + o_f)
+    for i in range(0, STEPS):
+        t = (i_p * STEPS + i) * BT + o_t
+        y = dilated_conv(x_ptr + plane, weight0, weight1, weight2, conv_bias, o_f, t, d, F, T, PRECISION)
+        hidden = tl.where(y <= 0.0, 0.0, y).to(dtype)  # a NaN stays one, as in torch.relu
+        out = tl.dot(weight, hidden, input_precision=PRECISION) + bias[:, None]
+        if seed_ptr is not None:
+            out = dropped(out, dropout_keys, t, threshold, scale)
+        out += load_frames(x_ptr + plane, o_f, t, F, T).to(tl.float32)
+        real = load_real(mask_ptr + i_n * T, t, T)
+        store_frames(out_ptr + plane, tl.where(real[None, :], out, 0.0), o_f, t, F, T)
+
+
+@kernel
+def _dilated_residual_backward_kernel(
+    grad_ptr, x_ptr, mask_ptr, conv_weight_ptr, conv_bias_ptr, weight_ptr, seed_ptr, gz_ptr, parts_ptr, threshold, scale,
+    d, T, P, STEPS, PASSES: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr,
+    STRIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """gz, and the last columns of the parts; in two PASSES, for operands that want much room, one after the other."""
+    T, d = T * UNIT, d * STRIDE
+    i_n, i_p = sequence_and_part(P)
+    o_f, o_t = tl.arange(0, BF), tl.arange(0, BT)
+    plane = i_n * F * T
+    dtype = x_ptr.dtype.element_ty
+    conv_bias = load_vector(conv_bias_ptr, o_f, F)
+    if seed_ptr is not None:
+        dropout_keys = dropout_rows(seed_ptr, i_n * F + o_f)
+    gw, gb = tl.zeros([BF, BF], tl.float32), tl.zeros([BF], tl.float32)
+    for PASS in tl.static_range(0, PASSES):
+        for i in range(0, STEPS):
+            t = (i_p * STEPS + i) * BT + o_t
+            y = dilated_conv_by_taps(x_ptr + plane, conv_weight_ptr, conv_bias, o_f, t, d, F, T, PRECISION)
+            real = load_real(mask_ptr + i_n * T, t, T)
+            gc = tl.where(real[None, :], load_frames(grad_ptr + plane, o_f, t, F, T).to(tl.float32), 0.0)
+            if seed_ptr is not None:
+                gc = dropped(gc, dropout_keys, t, threshold, scale)
+            if PASS == 0:
+                transposed = load_matrix(weight_ptr, o_f, o_f, F, 1, F, dtype)
+                gz = tl.dot(transposed, gc.to(dtype), input_precision=PRECISION)
+                store_frames(gz_ptr + plane, tl.where(y > 0.0, gz, 0.0), o_f, t, F, T)
+            if PASS == PASSES - 1:
+                hidden = tl.where(y <= 0.0, 0.0, y).to(dtype)
+                gw = tl.dot(gc.to(dtype), tl.trans(hidden), gw, input_precision=PRECISION)
+                gb += tl.sum(gc, 1)
+    columns = 4 * F * F + 2 * F
+    parts_ptr += tl.program_id(0).to(tl.int64) * columns + 3 * F * F + F
+    store_gradients(parts_ptr, gw, gb, F * F, o_f, F)
+
+
+# Tiles and passes by what compiles without spills on every architecture (python -m bench.compiled). The operands of
+# three-fold tf32 products want the most room; rows that are not aligned want more than others.
+
+
+def _backward_frames(x: Tensor) -> int:
+    return 16 if needs_split_products(x) and unit(x.shape[2]) == 1 else 32
+
+
+def _forward(
+    x: Tensor,
+    mask: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    seed: Optional[Tensor],
+    dilation: int,
+    p: float,
+) -> tuple[Tensor]:
+    n, f, t = x.shape
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if launchable(x) and x.numel():
+        x, mask = rows(x), rows(mask)
+        split_products = needs_split_products(x)
+        constants = tile_constants(x, 32 if split_products else 64)
+        per_sequence, steps = split(x, constants["BT"])
+        seed, *dropout_numbers = dropout_arguments(p, seed)
+        d, stride = dilation_arguments(dilation)
+        launch(
+            _dilated_residual_forward_kernel, (n * per_sequence,), x, mask, conv_weight.contiguous(), conv_bias,
+            output_weight.contiguous(), output_bias, seed, out, *dropout_numbers, d, t // constants["UNIT"],
+            per_sequence, steps, num_warps=8 if split_products else 4, **stride, **constants,
+        )  # fmt: skip
+    return (out,)
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    mask: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    seed: Optional[Tensor],
+    dilation: int,
+    p: float,
+    needed: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x, and those of the parameters in one tensor of float32."""
+    n, f, t = x.shape
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    columns = 4 * f * f + 2 * f
+    if not launchable(x) or not x.numel():
+        return grad_x, x.new_zeros(columns, dtype=torch.float32)
+    grad, x, mask, conv_weight = rows(grad), rows(x), rows(mask), conv_weight.contiguous()
+    frames = _backward_frames(x)
+    constants, division = tile_constants(x, frames), split(x, frames)
+    gz, parts = torch.empty_like(x), x.new_empty(n * division[0], columns, dtype=torch.float32)
+    seed, *dropout_numbers = dropout_arguments(p, seed)
+    d, stride = dilation_arguments(dilation)
+    launch(
+        _dilated_residual_backward_kernel, (n * division[0],), grad, x, mask, conv_weight, conv_bias,
+        output_weight.contiguous(), seed, gz, parts, *dropout_numbers, d, t // constants["UNIT"], *division,
+        PASSES=2 if needs_split_products(x) else 1, num_warps=warps(x), **stride, **constants,
+    )  # fmt: skip
+    launch_dilated_conv_backward(
+        grad, mask, x, conv_weight, dilation, gz, None, grad_x, parts, division, frames
+    )
+    return grad_x, parts.sum(0)
+
+
+def _unpack(computed: tuple[Tensor, Tensor], args: Sequence[object]) -> tuple[Tensor, ...]:
+    grad_x, flat = computed
+    return grad_x, *split_gradients(flat, args[2:6])
+
+
+OPERATOR = Operator(
+    _dilated_residual_reference,
+    _flops,
+    Fused(
+        _forward, _backward, differentiable=(0, 2, 3, 4, 5), unpack=_unpack, unsupported=unsupported_frames
+    ),
+)
 
 
 def dilated_residual(

@@ -17,6 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .launch import device_function, tl
+
 _FRAME_OFFSET = 1 << 30  # frames and rows count in separate ranges, so that hash(t) never meets hash(i)
 
 
@@ -32,12 +34,38 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     return x * _scaled_mask(_hash(row ^ frame), p, x.dtype)
 
 
-def channel_dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """Zero whole (n, c) planes of ``x`` (N, C, V, T) with probability ``p`` and scale the others by 1 / (1 - p)."""
+def channel_mask(n: int, c: int, p: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Factors (N, C) of whole (n, c) planes: 0 with probability ``p``, else 1 / (1 - p). None where dropout is off."""
     if seed is None or p == 0.0:
-        return x
-    row = _rows(seed, x.shape[0] * x.shape[1]).view(*x.shape[:2], 1, 1)
-    return x * _scaled_mask(row, p, x.dtype)
+        return None
+    return _scaled_mask(_rows(seed, n * c).view(n, c), p, dtype)
+
+
+def dropout_arguments(p: float, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
+    """What a kernel is told: the seed (None: no dropout, which then costs nothing), the threshold and the scale."""
+    return (None if p == 0.0 else seed), _threshold(p), 1.0 / (1.0 - p)
+
+
+@device_function
+def dropout_rows(seed_ptr, rows):
+    """Hashed rows [X] of the mask of a kernel."""
+    seed = tl.load(seed_ptr)
+    key = _kernel_hash(_kernel_hash(seed.to(tl.uint32)) ^ (seed >> 32).to(tl.uint32))
+    return _kernel_hash(key ^ rows.to(tl.uint32))
+
+
+@device_function
+def dropped(x, rows, t, threshold, scale):
+    """The dropout of x [X, Y], of hashed rows [X] (:func:`dropout_rows`) and frames t [Y]."""
+    bits = _kernel_hash(rows[:, None] ^ _kernel_hash((t + 1073741824).to(tl.uint32))[None, :])
+    return tl.where(bits.to(tl.int32, bitcast=True) >= threshold, x * tl.cast(scale, tl.float32), 0.0)
+
+
+@device_function
+def _kernel_hash(x):
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
 
 
 def check_probability(operator_name: str, name: str, p: float) -> None:
@@ -58,9 +86,12 @@ def _low_half(value: Tensor) -> Tensor:
 
 
 def _scaled_mask(bits: Tensor, p: float, dtype: torch.dtype) -> Tensor:
-    # int32 bits are uniform on [-2^31, 2^31): the same comparison as unsigned bits >= p * 2^32.
-    threshold = min(round(p * 2**32), 2**32 - 1) - 2**31
-    return (bits >= threshold).to(dtype).div_(1.0 - p)
+    return (bits >= _threshold(p)).to(dtype).div_(1.0 - p)
+
+
+def _threshold(p: float) -> int:
+    """int32 bits are uniform on [-2^31, 2^31): the same comparison as unsigned bits >= p * 2^32."""
+    return min(round(p * 2**32), 2**32 - 1) - 2**31
 
 
 def _hash(x: Tensor) -> Tensor:

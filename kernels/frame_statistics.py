@@ -5,6 +5,8 @@ deviations from it. Parts lie in a tensor (3, F, P) of float32 and combine witho
 
     mean = sum_i count_i mean_i / count,    count var = sum_i deviation_i + count_i (mean_i - mean)^2
 
+Parts of a sequence's own statistics lie in a tensor (N, P, 2 F + 1): means, deviations, count.
+
 Source: T. F. Chan, G. H. Golub, R. J. LeVeque, Algorithms for computing the sample variance, 1983.
 """
 
@@ -29,6 +31,55 @@ def store_part(parts_ptr, i_p, values, real, channels, m_channels, F, P, shared_
     tl.store(place, tl.zeros_like(mean) + shared_count, mask=m_channels)
     tl.store(place + plane, mean, mask=m_channels)
     tl.store(place + 2 * plane, squares, mask=m_channels)
+
+
+@device_function
+def with_tile(count, mean, squares, values, real):
+    """Statistics [X] of what came before and of a tile (X, Y) with its real columns [Y]."""
+    added = tl.sum(real.to(tl.float32))
+    values = tl.where(real[None, :], values, 0.0)
+    mean_added = tl.sum(values, 1) / tl.maximum(added, 1.0)
+    deviation = tl.where(real[None, :], values - mean_added[:, None], 0.0)
+    share = added / tl.maximum(count + added, 1.0)
+    distance = mean_added - mean
+    squares += tl.sum(deviation * deviation, 1) + distance * distance * count * share
+    return count + added, mean + distance * share, squares
+
+
+@device_function
+def store_sequence_part(parts_ptr, count, mean, squares, o_f, F):
+    """Store one part of a sequence's statistics."""
+    tl.store(parts_ptr + o_f, mean, mask=o_f < F)
+    tl.store(parts_ptr + F + o_f, squares, mask=o_f < F)
+    tl.store(parts_ptr + 2 * F, count)
+
+
+@device_function
+def of_sequence(parts_ptr, o_f, F, P):
+    """Number of real frames (at least 1), mean and biased variance [X] of a sequence from its P parts."""
+    # 16 parts at a time: one after the other, each would wait for the one before to be loaded.
+    o_p = tl.arange(0, 16)
+    row = 2 * F + 1
+    count, total = tl.zeros([16], tl.float32), tl.zeros_like(o_f).to(tl.float32)
+    for i in range(0, P, 16):
+        m_p = i + o_p < P
+        place = parts_ptr + (i + o_p) * row
+        added = tl.load(place + 2 * F, mask=m_p, other=0.0)
+        mean = tl.load(place[:, None] + o_f[None, :], mask=m_p[:, None] & (o_f < F)[None, :], other=0.0)
+        count += added
+        total += tl.sum(added[:, None] * mean, 0)
+    n = tl.maximum(tl.sum(count), 1.0)
+    total = total / n
+    squares = tl.zeros_like(total)
+    for i in range(0, P, 16):
+        m_p = i + o_p < P
+        place = parts_ptr + (i + o_p) * row
+        inside = m_p[:, None] & (o_f < F)[None, :]
+        added = tl.load(place + 2 * F, mask=m_p, other=0.0)
+        distance = tl.load(place[:, None] + o_f[None, :], mask=inside, other=0.0) - total[None, :]
+        own = tl.load(place[:, None] + F + o_f[None, :], mask=inside, other=0.0)
+        squares += tl.sum(own + added[:, None] * distance * distance, 0)
+    return n, total, squares / n
 
 
 @kernel

@@ -253,6 +253,13 @@ def rows(tensor: Tensor) -> Tensor:
     return tensor if _aligned(tensor) else tensor.clone()
 
 
+def planes(tensor: Tensor) -> Tensor:
+    """``tensor`` (N, F, T) itself where every sequence is contiguous and aligned, wherever the next one is, else a copy."""
+    _, _, t = tensor.shape
+    fits = tensor.stride()[1:] == (t, 1) and tensor.stride(0) % unit(t) == 0 and _aligned(tensor)
+    return tensor if fits else rows(tensor)
+
+
 def power_of_two(size: int, least: int = 1) -> int:
     """The smallest power of two that is at least ``size`` and ``least``."""
     return max(least, 1 << (size - 1).bit_length())

@@ -37,7 +37,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from .dropout import _hash
+from .dropout import _hash, _kernel_hash
 from .launch import device_function, kernel, launch, launchable, obstacle, target_of, tl
 from .loss_gate import AVERAGES, PHASE, is_finite, observe, observed, stepped, two_sum
 from .operator import Fused, Operator
@@ -541,11 +541,8 @@ def _power_of(v, alpha):
 
 @device_function
 def _hash32(x):
-    """The hash of :mod:`.dropout`."""
-    x = x.to(tl.uint32, bitcast=True)
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return (x ^ (x >> 16)).to(tl.int32, bitcast=True)
+    """The hash of :mod:`.dropout` on int32."""
+    return _kernel_hash(x.to(tl.uint32, bitcast=True)).to(tl.int32, bitcast=True)
 
 
 @device_function

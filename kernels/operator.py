@@ -309,7 +309,9 @@ def _register_triton(name: str, fused: Fused, statistics: int) -> Any:
 
 def _narrowed(args: Sequence[Any], positions: Sequence[int]) -> list[Any]:
     """The arguments, those at ``positions`` in autocast's dtype where autocast is on for their device."""
-    return [a.to(_dtype_of(a, narrow=True)) if i in positions else a for i, a in enumerate(args)]
+    return [
+        a.to(_dtype_of(a, narrow=True)) if i in positions and a is not None else a for i, a in enumerate(args)
+    ]
 
 
 def _dtype_of(tensor: Tensor, narrow: bool) -> torch.dtype:

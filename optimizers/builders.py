@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -24,28 +24,60 @@ def build_optimizer(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     momentum: float = 0.9,
+    capturable: bool = False,
 ) -> torch.optim.Optimizer:
     """Build an optimizer of ``torch.optim``.
 
+    On a GPU its step is fused and waits for nothing: the learning rate is a tensor there, which a
+    schedule fills in place, and a step with gradients that overflowed in float16 is skipped on the device.
+
     Args:
-        params: parameters or parameter groups, as every optimizer of torch takes them.
+        params: parameters or, as every optimizer of torch takes them, groups of lists of them.
         name: ``"adam"`` (weight decay is an L2 term of the gradient), ``"adamw"`` (decoupled weight decay)
             or ``"sgd"`` (with momentum, L2).
         lr: learning rate, per step.
         weight_decay: 0 by default, and honoured when set, by each of them.
         betas: decay rates of Adam's and AdamW's two moving averages; SGD has no use for them.
         momentum: momentum of SGD; Adam and AdamW have no use for it.
+        capturable: whether steps may be recorded in a CUDA graph, on a GPU. The result is the same.
 
     Raises:
         ValueError: for an unknown name, and by torch for numbers outside an optimizer's range.
     """
-    if name == "adam":
-        return torch.optim.Adam(params, lr=lr, betas=betas, weight_decay=weight_decay)
-    if name == "adamw":
-        return torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=weight_decay)
+    params = list(params)
+    on_gpu = _on_gpu(params)
+    fused = {"fused": True} if on_gpu else {}
     if name == "sgd":
-        return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
-    raise ValueError(_unknown("optimizer", name, OPTIMIZERS))
+        optimizer = torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, **fused)
+    elif name in ("adam", "adamw"):
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+        capturable = capturable and on_gpu
+        optimizer = kind(
+            params, lr=lr, betas=betas, weight_decay=weight_decay, capturable=capturable, **fused
+        )
+        optimizer._warned_capturable_if_run_uncaptured = True  # steps of either kind are meant
+    else:
+        raise ValueError(_unknown("optimizer", name, OPTIMIZERS))
+    if on_gpu:
+        _keep_on_gpu(optimizer)
+    return optimizer
+
+
+def _on_gpu(params: Sequence[torch.Tensor] | Sequence[dict[str, Any]]) -> bool:
+    groups = [entry["params"] if isinstance(entry, dict) else [entry] for entry in params]
+    return all(param.is_cuda for group in groups for param in group)
+
+
+def _keep_on_gpu(optimizer: torch.optim.Optimizer) -> None:
+    """Put what a step reads where the step is done."""
+    for group in optimizer.param_groups:
+        # A schedule computes with the number that it finds under "initial_lr".
+        group["initial_lr"] = group["lr"]
+        group["lr"] = torch.full((), group["lr"], dtype=torch.float32, device=group["params"][0].device)
+        # torch makes the momentum in the first step, and without values where that one is skipped.
+        if group.get("momentum"):
+            for param in group["params"]:
+                optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
 
 
 def build_schedule(
@@ -68,7 +100,8 @@ def build_schedule(
     * ``"linear"``: from 1 to `final` along a line;
     * ``"step"``: ``step_factor ** (i // step_size)``.
 
-    The state of the schedule is plain numbers, so a checkpoint of it loads with ``weights_only=True``.
+    Every step counts, those included that were skipped because a gradient overflowed in float16: to ask whether
+    one was would be to wait for the device.
 
     Args:
         optimizer: its learning rates are taken as those of factor 1.
@@ -95,6 +128,54 @@ def build_schedule(
         return (step + 1) / (warmup_steps + 1) if step < warmup_steps else after_warmup(step)
 
     return LambdaLR(optimizer, factor)
+
+
+def learning_rates(schedule: LambdaLR) -> list[float]:
+    """The learning rates of the next step, by parameter group, as numbers; read from no device."""
+    return [
+        base * factor(schedule.last_epoch)
+        for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+
+
+def training_state(schedule: LambdaLR) -> dict[str, dict[str, Any]]:
+    """The states of a schedule and of its optimizer, under "schedule" and "optimizer".
+
+    Learning rates are plain numbers, wherever the optimizer keeps its own: a checkpoint loads with
+    ``weights_only=True``, and on another device.
+    """
+    rates, state = learning_rates(schedule), schedule.optimizer.state_dict()
+    groups = [{**group, "lr": rate} for group, rate in zip(state["param_groups"], rates, strict=True)]
+    return {
+        "optimizer": {**state, "param_groups": groups},
+        "schedule": {**schedule.state_dict(), "_last_lr": rates},
+    }
+
+
+def load_training_state(schedule: LambdaLR, state: dict[str, dict[str, Any]]) -> None:
+    """Continue from a :func:`training_state`, with the settings and on the device that the optimizer has now.
+
+    Where base learning rates or factors are others than they were, they hold from the next step on.
+
+    Raises:
+        KeyError, ValueError, TypeError: it is no such state, or of other parameters.
+    """
+    optimizer, saved = schedule.optimizer, state["optimizer"]
+    base = [group["initial_lr"] for group in optimizer.param_groups]
+    kept = ("params", *getattr(optimizer, "group_state", ()))
+    groups = [
+        {**group, **{name: theirs[name] for name in kept if name in theirs}}
+        for group, theirs in zip(optimizer.param_groups, saved["param_groups"], strict=True)
+    ]
+    optimizer.load_state_dict({**saved, "param_groups": groups})
+    schedule.load_state_dict(state["schedule"])
+    schedule.base_lrs = base
+    schedule._last_lr = learning_rates(schedule)
+    for group, rate in zip(optimizer.param_groups, schedule._last_lr, strict=True):
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def _factor(

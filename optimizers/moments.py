@@ -60,6 +60,8 @@ class MomentOptimizer(torch.optim.Optimizer):
     first_name = "exp_avg"
     second_name = "exp_avg_sq"
     spare_name = "rounding_error"
+    group_state = ("loss_gate", "loss_window", "rounding_seed")
+    """What a group holds that is state and no setting."""
 
     def __init__(
         self,

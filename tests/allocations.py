@@ -54,6 +54,27 @@ class PeakMemory(TorchDispatchMode):
         self.current -= size
 
 
+class LargeTensors(TorchDispatchMode):
+    """Keeps the storages, of at least ``elements`` elements, that operations make inside it."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements = elements
+        self.storages: dict[int, torch.UntypedStorage] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {
+            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in given and storage.size() >= self.elements * leaf.element_size():
+                    self.storages[storage._cdata] = storage
+        return result
+
+
 class PoisonedMemory(TorchDispatchMode):
     """Fills every floating-point tensor that is allocated without values with NaN, so that what nobody wrote shows."""
 

@@ -2,7 +2,7 @@
 
     python tests/compilations.py OPERATOR
 
-Runs forward and backward of the operator at fifty lengths. Without a GPU the compiler is told that an H100 is there, and
+Runs forward and backward of the operator at fifty lengths, and counts for the kernels that it launches. Without a GPU the compiler is told that an H100 is there, and
 kernels are compiled but not started: what is counted is what a user with a GPU would wait for.
 """
 
@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from operators import arguments, converted
-from trgnet.kernels import frame_statistics, launch, operator
+from trgnet.kernels import launch, operator
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 LENGTHS = range(100, 150)
+ROWS = ("pairwise_distance",)
+"""Operators without time: their number of rows is swept."""
 
 
 class PretendedDriver:
@@ -46,19 +48,21 @@ def pretend_a_gpu() -> None:
     JITFunction.run = compile_only
 
 
-def sweep(name: str, device: str) -> None:
-    for t in LENGTHS:
-        args = converted(arguments(name, 2, t, 25, 16), torch.float32, device)
-        operator(name).triton_passes(args, torch.ones_like)
+def run(name: str, length: int, device: str) -> None:
+    n, t = (length, 1) if name in ROWS else (2, length)
+    args = converted(arguments(name, n, t, 25, 16), torch.float32, device)
+    operator(name).triton_passes(args, torch.ones_like)
 
 
-def compilations(name: str) -> dict[str, int]:
-    """Kernel -> versions of it that were compiled."""
-    functions = {**vars(sys.modules[f"trgnet.kernels.{name}"]), **vars(frame_statistics)}
+def compilations(name: str, device: str) -> dict[str, int]:
+    """Kernel that the operator launches, wherever it stands -> versions of it that the sweep compiles."""
+    with launch.record_launches() as recorded:
+        run(name, LENGTHS[0], device)
+    for length in LENGTHS:
+        run(name, length, device)
+    kernels: set[JITFunction] = {started.kernel for started in recorded}
     return {
-        key: sum(len(cache[0]) for cache in function.device_caches.values())
-        for key, function in functions.items()
-        if isinstance(function, JITFunction) and key.endswith("_kernel")
+        kernel.__name__: sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels
     }
 
 
@@ -66,5 +70,4 @@ if __name__ == "__main__":
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         pretend_a_gpu()
-    sweep(sys.argv[1], "cuda" if on_gpu else "cpu")
-    print(json.dumps(compilations(sys.argv[1])))
+    print(json.dumps(compilations(sys.argv[1], "cuda" if on_gpu else "cpu")))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,23 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny, silent: Console) -> 
 def run_copy(trained: Result, tmp_path: Path) -> Path:
     """A copy of the finished run folder, to be changed."""
     return Path(shutil.copytree(trained.path, tmp_path / "run"))
+
+
+@pytest.fixture
+def only_last_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the interpreter of every grid only the last program runs, as the last of all."""
+    from trgnet.kernels.launch import launch
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    def last(*grid: int) -> None:
+        monkeypatch.setattr(builder, "grid_dim", grid, raising=False)
+        monkeypatch.setattr(builder, "grid_idx", tuple(size - 1 for size in grid), raising=False)
+
+    def one(function: object, grid: tuple[int, ...], *args: object, **options: object) -> None:
+        monkeypatch.setattr(builder, "set_grid_dim", lambda *_: last(*grid, *(1,) * (3 - len(grid))))
+        monkeypatch.setattr(builder, "set_grid_idx", lambda *_: None)
+        launch(function, (1,), *args, **options)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("trgnet.kernels.") and vars(module).get("launch") is launch:
+            monkeypatch.setattr(module, "launch", one)

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+# With dropout the formulas differ: the position of the probabilities in the arguments, to switch it off.
+DROPOUT = {"attention_layer": (-1, -2), "fusion_layer": (-1,), "dilated_residual": (-1,)}
+
 
 def lengths_mask(n: int, t: int) -> Tensor:
     """(n, 1, t): the first sequence is full, each further one is a third shorter than the last."""
@@ -101,6 +104,18 @@ def arguments(name: str, n: int = 2, t: int = 9, v: int = 5, f: int = 8, *, seed
         "segment_mean": lambda: (random(n, f, t), *torch.tensor(halves).T.contiguous().unbind(0)),
         "pairwise_distance": lambda: (random(n + 3, f),),
     }[name]()
+
+
+def without_dropout(name: str, args: tuple) -> tuple:
+    """The arguments with every probability of dropout 0."""
+    changed = list(args)
+    for position in DROPOUT.get(name, ()):
+        changed[position] = 0.0
+    return tuple(changed)
+
+
+def as_tuple(outputs: object) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def real_rows(x, mask):

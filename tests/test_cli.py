@@ -155,6 +155,14 @@ def test_mistakes_are_one_line_and_exit_code_2(run, tmp_path, capsys):
         )
 
 
+def test_cuda_graphs_are_refused_by_name(run, tmp_path, capsys, tiny_overrides):
+    message = "train.cuda_graph needs a GPU, and this training is on cpu; set train.cuda_graph=false"
+    arguments = ["train", "--cuda-graph", "--out", tmp_path / "run", *tiny_overrides]
+    assert message in error_of(capsys, *arguments)
+    assert message in error_of(capsys, "train", "--resume", run, "--cuda-graph", "train.epochs=9")
+    assert not (tmp_path / "run").exists() and not Run(run).config().train.cuda_graph
+
+
 def test_no_validation_recordings_to_evaluate(tmp_path, capsys, tiny_overrides):
     out = tmp_path / "run"
     assert cli.main(["train", "--out", str(out), *tiny_overrides, "train.epochs=1"]) == 0

@@ -16,6 +16,7 @@ def test_defaults_are_the_published_settings():
     assert (config.train.epochs, config.train.batch_size) == (300, 8)
     assert (config.optimizer.name, config.optimizer.lr, config.optimizer.weight_decay) == ("adam", 1e-3, 0.0)
     assert (config.loss.boundary, config.loss.absolute, config.loss.relative) == (0.1, 0.8, 1.0)
+    assert (config.train.cuda_graph, config.train.compile) == (False, False)
 
 
 def test_every_field_is_described_and_every_number_bounded():
@@ -48,6 +49,8 @@ def test_overrides_are_yaml():
             "data.test=[13_30, 14_14]",
             "train.clip_norm=null",
             "train.drop_last=true",
+            "train.cuda_graph=true",
+            "train.compile=true",
             "optimizer.betas=[0.5, 0.9]",
             "data.options.frames=40",
             "data.options.kind=on",
@@ -57,7 +60,7 @@ def test_overrides_are_yaml():
     assert config.optimizer.lr == 5e-4
     assert config.data.test == ["13_30", "14_14"]  # YAML 1.1 would read the integers 1330 and 1414
     assert config.train.clip_norm is None
-    assert config.train.drop_last is True
+    assert config.train.drop_last is config.train.cuda_graph is config.train.compile is True
     assert config.optimizer.betas == (0.5, 0.9)
     assert config.data.options == {"frames": 40, "kind": "on"}
 

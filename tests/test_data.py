@@ -276,7 +276,9 @@ def test_segments_of_a_batch_are_those_of_its_recordings() -> None:
     rows = torch.stack([segments.batch, segments.start, segments.length, segments.label], dim=1)
     assert rows.tolist() == [[0, 0, 2, 1], [0, 2, 3, 0], [1, 1, 2, 2]]
     assert all(getattr(segments, name).dtype == torch.int64 for name in ("batch", "start", "length", "label"))
-    assert segments.batch.is_contiguous()
+    assert segments.batch.is_contiguous() and segments.batch.stride() == (1,)
+    alone = Recording("c", np.ones((1, 1, 2), np.float32), np.array([1, 1]))
+    assert collate([alone]).segments.batch.stride() == (1,)
 
 
 def test_a_batch_without_labels_has_no_segments() -> None:

@@ -1,13 +1,20 @@
-"""The network, its losses and its training reproduce the published code's float64 numbers."""
+"""The network, its losses and its training reproduce the published code's float64 numbers.
+
+So do the Triton kernels in float32, under the interpreter where there is no GPU.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from published_case import CASES, load_case
+from published_case import CASES, Case, load_case
 from trgnet.kernels import use_backend
 
+from trgnet import TRGNet
+from trgnet.data import Batch
 from trgnet.published import to_published
 
 
@@ -59,6 +66,57 @@ def test_training_outputs_losses_and_every_gradient(name: str, every_backend: No
     close(torch.stack([g @ c for g, c in zip(ordered, cosines)]), case.truth["grad_dot"])
     for key in (key for key in case.truth if key.startswith("grad:")):
         close(gradients[key.removeprefix("grad:")], case.truth[key])
+
+
+def relative_error(got: torch.Tensor, truth: np.ndarray) -> float:
+    truth = torch.from_numpy(np.asarray(truth))
+    return float((got.detach().cpu() - truth).norm() / truth.norm())
+
+
+def on_the_kernels(case: Case) -> tuple[TRGNet, Batch, torch.Tensor, str]:
+    """The case in float32 on the device that the kernels run on."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch = case.batch.to(device)
+    batch = replace(batch, x=batch.x.float(), boundaries=batch.boundaries.float())
+    return case.model().float().to(device), batch, case.joint_graph.to(device).float(), device
+
+
+# Minutes under the interpreter, so one case each. A forced backend never falls back.
+
+
+def test_every_kernel_of_evaluation_in_float32():
+    case = load_case("pku")
+    model, batch, graph, _ = on_the_kernels(case)
+    with use_backend("triton"), torch.no_grad():
+        logits, boundaries = model.eval()(batch.x, batch.mask, graph)
+    assert relative_error(logits, case.truth["eval_cls"]) < 1e-4
+    assert relative_error(boundaries, case.truth["eval_bound"]) < 1e-4
+
+
+def test_every_kernel_of_training_in_float32():
+    case = load_case("lara")
+    model, batch, graph, device = on_the_kernels(case)
+    loss = case.loss().float().to(device)
+    with use_backend("triton"):
+        output = model.train()(batch.x, batch.mask, graph, batch.segments)
+        terms = loss(output, batch)
+        terms["total"].backward()
+    outputs = {"segment_features": output.segment_features}
+    outputs |= {f"train_cls{i}": stage for i, stage in enumerate(output.class_logits)}
+    outputs |= {f"train_bound{i}": stage for i, stage in enumerate(output.boundary_logits)}
+    for key, got in outputs.items():
+        assert relative_error(got, case.truth[key]) < 1e-4, key
+    losses = torch.stack(
+        [terms[key].cpu() for key in ("cross_entropy", "boundary", "absolute", "relative", "total")]
+    )
+    close(losses, case.truth["losses"][1:], rtol=1e-4, atol=1e-5)
+    gradients = to_published({key: p.grad for key, p in model.named_parameters()})
+    norms = dict(zip(case.info["parameters"], case.truth["grad_norms"], strict=True))
+    for key, gradient in gradients.items():
+        assert abs(float(gradient.norm()) - norms[key]) < 5e-3 * max(norms.values()), key
+    for key in (key for key in case.truth if key.startswith("grad:")):
+        assert relative_error(gradients[key.removeprefix("grad:")], case.truth[key]) < 5e-3, key
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -10,7 +10,7 @@ import operators as formulas
 import pytest
 import torch
 from allocations import LargestTensor
-from operators import arguments, converted, gradients
+from operators import arguments, as_tuple, converted, gradients, without_dropout
 from torch import Tensor
 from trgnet.kernels import BackendError, Operator, operator, operator_table, use_backend
 from trgnet.kernels.dynamic_graph_conv import BLOCK_ELEMENTS
@@ -20,24 +20,11 @@ from trgnet import kernels
 # The optimizer's operator works in place: tests/test_moment_update.py.
 OPERATORS = [name for name, _ in operator_table() if name != "moment_update"]
 SIZES = [(1, 1, 1), (1, 2, 3), (3, 15, 11), (2, 16, 5), (2, 17, 19), (3, 63, 4)]
-# With dropout the formula differs: the position of the probabilities in the arguments, to switch it off.
-DROPOUT = {"attention_layer": (-1, -2), "fusion_layer": (-1,), "dilated_residual": (-1,)}
-
-
-def as_tuple(outputs: object) -> tuple[Tensor, ...]:
-    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def pairs(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
     """Outputs beside each other, less statistics that a backend leaves to the norm, which are empty."""
     return [(o, e) for i, (o, e) in enumerate(zip(got, expected, strict=True)) if i == 0 or o.numel()]
-
-
-def without_dropout(name: str, args: tuple) -> tuple:
-    changed = list(args)
-    for position in DROPOUT.get(name, ()):
-        changed[position] = 0.0
-    return tuple(changed)
 
 
 def test_every_operator_has_a_formula_here():
@@ -259,16 +246,27 @@ def test_dropout_is_unbiased_and_uncorrelated(p: float):
         assert abs((centred * shifted).mean()) < 5 / total**0.5
 
 
-def test_channel_dropout_takes_whole_planes():
-    out = kernels.channel_dropout(torch.ones(8, 64, 3, 5), 0.25, torch.tensor(3))
-    assert ((out == 0).all((2, 3)) | (out == 1 / 0.75).all((2, 3))).all()
-    assert 0.1 < (out == 0).float().mean() < 0.4
+def test_channel_mask_is_unbiased_and_a_function_of_the_seed():
+    mask = kernels.channel_mask(8, 64, 0.25, torch.tensor(3), torch.float64)
+    assert mask.shape == (8, 64) and mask.dtype == torch.float64
+    assert set(mask.unique().tolist()) == {0.0, 1 / 0.75}
+    assert 0.1 < (mask == 0).double().mean() < 0.4
+    assert torch.equal(kernels.channel_mask(9, 64, 0.25, torch.tensor(3), torch.float64)[:8], mask)
+    assert not torch.equal(kernels.channel_mask(8, 64, 0.25, torch.tensor(4), torch.float64), mask)
+    off = [
+        kernels.channel_mask(8, 64, p, seed, torch.float64)
+        for p, seed in ((0.25, None), (0.0, torch.tensor(3)))
+    ]
+    assert off == [None, None]
 
 
 def test_segment_mean_leaves_out_frames_of_no_segment():
     x = torch.arange(12.0).view(1, 1, 12)
     means = kernels.segment_mean(x, *torch.tensor([[0, 0], [1, 7], [3, 2]]))
     assert means.squeeze(1).tolist() == [2.0, 7.5]
+    # A table that is filled up to a fixed size with segments of length 0.
+    means = kernels.segment_mean(x, *torch.tensor([[0, 0, 0, 0], [1, 7, 12, 12], [3, 2, 0, 0]]))
+    assert means.squeeze(1).tolist() == [2.0, 7.5, 0.0, 0.0]
     assert kernels.segment_mean(x, *torch.zeros(3, 0, dtype=torch.int64)).shape == (0, 1)
 
 
@@ -308,8 +306,10 @@ def test_backend_argument_beats_block_beats_automatic():
     assert kernels.current_backend() == "auto"
 
 
-def test_forced_backend_never_falls_back():
-    # An operator without a kernel; those that have one: tests/test_triton.py.
+def test_forced_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch):
+    # Operators without a kernel; those that have one: tests/test_triton.py.
+    for name in ("fusion_layer", "segment_mean"):
+        monkeypatch.setattr(operator(name), "triton", None)
     args = arguments("fusion_layer")
     with use_backend("triton"), pytest.raises(BackendError, match="fusion_layer.*'triton' is forced"):
         operator("fusion_layer")(*args)

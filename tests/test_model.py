@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
-from allocations import LargestTensor
+from allocations import LargestTensor, LargeTensors
 from operators import lengths_mask
 from published_case import NO_DROPOUT
 from torch import Tensor
@@ -18,7 +18,7 @@ from trgnet.kernels.dynamic_graph_conv import BLOCK_ELEMENTS
 from trgnet import TRGLoss, TRGNet
 from trgnet.data import Dataset, Segments, collate, synthetic_dataset
 from trgnet.losses import absolute_loss, relative_loss
-from trgnet.model import MaskedBatchNorm
+from trgnet.model import MaskedBatchNorm, TemporalModule
 
 SMALL = {"features": 16, "layers": 4, "refine_layers": 3}
 
@@ -64,7 +64,8 @@ def step(model: TRGNet, dataset: Dataset, batch) -> tuple[list[Tensor], dict[str
     terms["total"].backward()
     real = batch.mask.squeeze(1)
     outputs = [o.transpose(1, 2)[real] for o in (*output.class_logits, *output.boundary_logits)]
-    return [*outputs, output.segment_features], terms, [p.grad.clone() for p in model.parameters()]
+    features = output.segment_features[batch.segments.length > 0]
+    return [*outputs, features], terms, [p.grad.clone() for p in model.parameters()]
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -75,6 +76,8 @@ def test_padding_changes_nothing_in_training(dataset: Dataset, dropout: bool):
         batch_of(dataset, pad_multiple=64),
         batch_of(dataset, pad_multiple=1, pad_to=203, garbage=1e3),
         batch_of(dataset, pad_multiple=16, garbage=float("nan")),
+        batch_of(dataset, buckets=True),
+        batch_of(dataset, pad_to=300, buckets=True, garbage=-7.0),
     ):
         padded = step(build(dataset, **options), dataset, batch)
         for ours, truth in zip(padded[0] + padded[2], tight[0] + tight[2], strict=True):
@@ -186,6 +189,33 @@ def test_text_losses_against_their_definition():
     assert loss == 0 and torch.isfinite(equal.grad).all()
 
 
+@pytest.mark.parametrize("count", [0, 1, 2, 6])
+@pytest.mark.parametrize("padding", [1, 3, 40])
+def test_padded_segments_change_neither_text_losses_nor_gradients(count: int, padding: int):
+    torch.manual_seed(count)
+    embeddings, graph = torch.randn(3, 9).double(), torch.rand(3, 3).double()
+    f, labels = torch.randn(count, 9).double(), torch.tensor([0, 2, 2, 1, 0, 2])[:count]
+    garbage = 1e3 * torch.randn(padding, 9).double()
+    garbage[0] = 0.0
+    results = []
+    for rows, classes in (
+        (f, labels),
+        (torch.cat([f, garbage]), torch.cat([labels, torch.full((padding,), 255)])),
+    ):
+        rows, scale = rows.requires_grad_(), torch.tensor([2.5], dtype=torch.float64, requires_grad=True)
+        absolute, relative = (
+            absolute_loss(rows, classes, embeddings, scale),
+            relative_loss(rows, classes, graph),
+        )
+        (2 * absolute + relative).backward()
+        assert not rows.grad[count:].any()
+        results.append((absolute, relative, rows.grad[:count], scale.grad))
+    for got, truth in zip(*results):
+        torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-14)
+    assert (results[1][0] == 0) == (count < 2) and (results[1][1] == 0) == (count < 2)
+    assert all(torch.isfinite(value).all() for value in results[1])
+
+
 def test_memory_of_a_step_is_bounded_by_the_feature_map(dataset: Dataset):
     """No (N, 13C, V, T), no (N, T, V, V) and no (N, D, T) tensor exists at any time, forward or backward."""
     n, c, v, t, f, d = 1, 6, 30, 8192, 8, 768
@@ -205,6 +235,19 @@ def test_memory_of_a_step_is_bounded_by_the_feature_map(dataset: Dataset):
         <= max(feature_map, BLOCK_ELEMENTS)
         < min(n * 13 * c * v * t, n * t * v * v, n * d * t)
     )
+
+
+def test_temporal_module_makes_no_copy_of_what_it_reads():
+    """Of the size of its input: the groups' channels, and in backward their gradient and that of the input."""
+    n, f, v, t, layers = 2, 16, 9, 30, 2
+    module = TemporalModule(v, f, layers, 4, 0.3, 0.3, 0.05, 0.5)
+    x = torch.randn(n, f, v, t, requires_grad=True)
+    seeds = torch.arange(4 * layers).view(-1, 2)
+    with LargeTensors(n * layers * module.group_channels * v * t) as large:
+        out = module(x, torch.ones(n, 1, t, dtype=torch.bool), iter(seeds))
+        assert len(large.storages) == 1
+        torch.autograd.grad(out.sum(), [x, *module.parameters()])
+    assert len(large.storages) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import pickle
 import subprocess
@@ -29,7 +30,15 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from trgnet.kernels.launch import Target, record_launches
 from trgnet.kernels.moment_update import MomentTable
-from trgnet.optimizers import LCAM, SMES, GatedSMES, moments
+from trgnet.optimizers import (
+    LCAM,
+    SMES,
+    GatedSMES,
+    build_schedule,
+    load_training_state,
+    moments,
+    training_state,
+)
 
 MAKE: dict[str, Callable] = {
     "lcam": lambda params, **options: LCAM(params, **{"lr": 0.1, "weight_decay": 0.01, **options}),
@@ -296,6 +305,28 @@ def test_gradient_scaler_with_infinities(path: dict, make: Callable):
         if i:
             assert_equal(state_tensors(optimizer), state_tensors(without))
     assert scaler.get_scale() == 256.0
+
+
+@each_class
+def test_state_of_a_training_continues_with_other_settings(make: Callable):
+    """``load_training_state`` keeps the settings of the new optimizer, and the gate and the seed of the saved one."""
+    params = parameters(torch.bfloat16)
+    optimizer = make(params, rounding="stochastic", state_dtype=torch.bfloat16)
+    schedule = build_schedule(optimizer, name="constant", steps=5)
+    train(optimizer, params, range(3))
+    file = io.BytesIO()
+    torch.save(training_state(schedule), file)
+    file.seek(0)
+    other = make(
+        parameters(torch.bfloat16), rounding="stochastic", state_dtype=torch.bfloat16, weight_decay=0.5
+    )
+    load_training_state(build_schedule(other, name="constant", steps=5), torch.load(file, weights_only=True))
+    assert other.param_groups[0]["weight_decay"] == 0.5
+    for name in ("loss_gate", "rounding_seed"):
+        saved, loaded = (torch.as_tensor(o.param_groups[0].get(name, 0)) for o in (optimizer, other))
+        assert torch.equal(saved, loaded)
+    if "average" in other.defaults:
+        assert other._control is other.param_groups[0]["loss_gate"] and other._control[2] == 3
 
 
 @each_class

@@ -5,7 +5,18 @@ import math
 
 import pytest
 import torch
-from trgnet.optimizers import OPTIMIZERS, SCHEDULES, build_optimizer, build_schedule
+from allocations import PoisonedMemory
+from torch.optim.lr_scheduler import LambdaLR
+from trgnet.optimizers import (
+    OPTIMIZERS,
+    SCHEDULES,
+    build_optimizer,
+    build_schedule,
+    builders,
+    learning_rates,
+    load_training_state,
+    training_state,
+)
 
 
 def parameters() -> list[torch.nn.Parameter]:
@@ -127,6 +138,86 @@ def test_saved_schedule_continues_exactly(name):
         step(params, optimizer, times=1)
         schedule.step()
     assert continued == expected[4:]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_state_continues_on_another_kind_of_device(name: str, monkeypatch: pytest.MonkeyPatch):
+    """CPU, GPU, CPU: what is kept where differs, learning rates are numbers in the state, results are equal."""
+
+    def build(on_gpu: bool) -> tuple[list, torch.optim.Optimizer, LambdaLR]:
+        monkeypatch.setattr(builders, "_on_gpu", lambda params: on_gpu)
+        params = [torch.nn.Parameter(p.detach().float()) for p in parameters()]
+        optimizer = build_optimizer(params, name=name, lr=0.1, capturable=True)
+        return params, optimizer, build_schedule(optimizer, name="linear", steps=9, final=0.1)
+
+    def steps(params: list, optimizer: torch.optim.Optimizer, schedule: LambdaLR) -> list[float]:
+        used = []
+        for _ in range(3):
+            used.append(float(optimizer.param_groups[0]["lr"]))
+            step(params, optimizer, times=1)
+            schedule.step()
+        return used
+
+    alone = build(on_gpu=False)
+    expected = [rate for _ in range(3) for rate in steps(*alone)]
+    used, state, weights = [], None, None
+    for on_gpu in (False, True, False):
+        params, optimizer, schedule = build(on_gpu)
+        if state is not None:
+            with torch.no_grad():
+                for param, weight in zip(params, weights, strict=True):
+                    param.copy_(weight)
+            load_training_state(schedule, state)
+        assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor) == on_gpu
+        assert bool(optimizer.param_groups[0]["fused"]) == on_gpu
+        used += steps(params, optimizer, schedule)
+        saved = io.BytesIO()
+        torch.save(training_state(schedule), saved)
+        saved.seek(0)
+        state, weights = torch.load(saved, weights_only=True), [p.detach() for p in params]
+        assert type(state["optimizer"]["param_groups"][0]["lr"]) is float
+        assert state["schedule"]["_last_lr"] == learning_rates(schedule)
+    assert used == pytest.approx(expected, rel=1e-6)
+    for got, truth in zip(weights, alone[0], strict=True):
+        torch.testing.assert_close(got, truth.detach(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_first_step_that_is_skipped_on_the_device_leaves_no_trace(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(builders, "_on_gpu", lambda params: True)
+    results = []
+    for overflows in (False, True):
+        params = [torch.nn.Parameter(p.detach().float()) for p in parameters()]
+        with PoisonedMemory():
+            optimizer = build_optimizer(params, name=name, lr=0.1, weight_decay=0.1)
+            if overflows:
+                before = [p.detach().clone() for p in params]
+                optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.ones(())
+                assert all(map(torch.equal, step(params, optimizer, times=1), before))
+                del optimizer.grad_scale, optimizer.found_inf
+            results.append(step(params, optimizer))
+    for skipped, plain in zip(*results, strict=True):
+        assert torch.equal(skipped, plain)
+
+
+def test_a_state_takes_the_settings_of_the_optimizer_it_is_given_to():
+    params = parameters()
+    schedule = build_schedule(build_optimizer(params, name="sgd", lr=0.1), name="linear", steps=4)
+    step(params, schedule.optimizer, times=1)
+    schedule.step()
+    state = training_state(schedule)
+    other = build_schedule(build_optimizer(params, name="sgd", lr=0.4, momentum=0.5), name="linear", steps=4)
+    load_training_state(other, state)
+    (group,) = other.optimizer.param_groups
+    assert (group["lr"], group["momentum"]) == (pytest.approx(0.3), 0.5) and learning_rates(other) == [
+        group["lr"]
+    ]
+    with pytest.raises(ValueError):
+        load_training_state(
+            build_schedule(build_optimizer(params[:1], name="sgd", lr=1.0), name="constant", steps=1), state
+        )
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,16 @@ def _parser() -> argparse.ArgumentParser:
         help="train once per seed, into DIR/seed0 and so on, and report mean and spread of the scores",
     )
     train.add_argument(
+        "--cuda-graph",
+        action="store_true",
+        help="start whole training steps as CUDA graphs, on one GPU: train.cuda_graph=true",
+    )
+    train.add_argument(
+        "--compile",
+        action="store_true",
+        help="train the network through torch.compile: train.compile=true",
+    )
+    train.add_argument(
         "overrides",
         nargs="*",
         metavar="SECTION.KEY=VALUE",
@@ -205,6 +215,8 @@ def _use_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     overrides = list(options.overrides)
+    overrides += ["train.cuda_graph=true"] if options.cuda_graph else []
+    overrides += ["train.compile=true"] if options.compile else []
     if options.data is not None:
         own = [] if options.config or options.resume else ["data.name=folder"]
         overrides = [*own, f"data.root={json.dumps(str(options.data))}", *overrides]

@@ -154,6 +154,12 @@ class TrainConfig(Section):
         False, description="Put recordings of similar length into a batch: less padding, less random batches."
     )
     pad_multiple: Count = Field(16, description="Batches are padded to a multiple of this many frames.")
+    cuda_graph: bool = Field(
+        False,
+        description="Start whole training steps as CUDA graphs; batches are padded further, to few lengths. "
+        "Takes more memory. For one GPU, without accumulate and compile.",
+    )
+    compile: bool = Field(False, description="Train the network through torch.compile.")
     device: str = Field("auto", description="Device of torch ('cpu', 'cuda', 'cuda:1'); auto: a GPU if any.")
     log_every: Count = Field(
         10, description="Steps between two looks at the loss on a GPU, which wait for it; a CPU looks always."

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trgnet.kernels import boundary_loss, class_loss, frame_similarity, widened
 
 from .data.batch import Batch
+from .data.labels import IGNORE
 from .model import Output
 from .text import TextPrior, relation_graph
 
@@ -93,19 +94,18 @@ def absolute_loss(f: Tensor, labels: Tensor, embeddings: Tensor, logit_scale: Te
 
     Args:
         f: Tensor (S, D). Segment features.
-        labels: int64 Tensor (S,).
+        labels: int64 Tensor (S,). `IGNORE` marks padding, which changes neither the loss nor a gradient.
         embeddings: Tensor (K, D). Text embedding per class.
         logit_scale: Tensor (1,). Used as it is, not exponentiated.
 
     Segments of one class share their target mass: target = softmax(10 * [same label]). Without segments the
     loss is 0.
     """
-    if len(labels) == 0:
-        return (f.sum() * logit_scale).sum()  # 0, and every parameter keeps a gradient
-    text = functional.normalize(embeddings.to(f.dtype), dim=1)[labels]
+    real = labels != IGNORE
+    text = functional.normalize(embeddings.to(f.dtype), dim=1)[torch.where(real, labels, 0)]
     logits = logit_scale * functional.normalize(f, dim=1) @ text.T
     same = (labels.unsqueeze(1) == labels.unsqueeze(0)).to(f.dtype)
-    return (_divergence(logits, same) + _divergence(logits.T, same)) / 2
+    return (_divergence(logits, same, real) + _divergence(logits.T, same, real)) / 2
 
 
 def relative_loss(f: Tensor, labels: Tensor, action_graph: Tensor) -> Tensor:
@@ -113,21 +113,31 @@ def relative_loss(f: Tensor, labels: Tensor, action_graph: Tensor) -> Tensor:
 
     Args:
         f: Tensor (S, D). Segment features.
-        labels: int64 Tensor (S,).
+        labels: int64 Tensor (S,). `IGNORE` marks padding, which changes neither the loss nor a gradient; it
+            comes behind the segments.
         action_graph: Tensor (K, K). Text-derived relations of the classes.
 
     The segments' graph is :func:`trgnet.text.relation_graph` of their features. Where all distances are equal
-    (one segment, say) it says nothing and the loss is 0.
+    (one segment, say) it says nothing and the loss is 0, as it is without segments.
     """
     if len(labels) == 0:
-        return f.sum()
-    graph = relation_graph(f)
-    target = action_graph.to(f.dtype)[labels.unsqueeze(1), labels.unsqueeze(0)]
+        return f.sum()  # 0, with a gradient
+    real = labels != IGNORE
+    # Padding at the place of the first segment adds no distance that was not there: the extremes stay.
+    graph = relation_graph(torch.where(real.unsqueeze(1), f, f[:1]))
+    known = torch.where(real, labels, 0)
+    target = action_graph.to(f.dtype)[known.unsqueeze(1), known.unsqueeze(0)]
     # The least entry is 0, or 1 where all distances are equal.
-    return torch.where(graph.min() < 1, _divergence(graph, target), 0)
+    return torch.where(graph.min() < 1, _divergence(graph, target, real), 0)
 
 
-def _divergence(logits: Tensor, similarity: Tensor) -> Tensor:
-    """KL(softmax(10 * similarity) || softmax(logits)): sum over columns, mean over rows."""
-    target = torch.log_softmax(SHARPNESS * similarity, dim=1)
-    return functional.kl_div(torch.log_softmax(logits, dim=1), target, reduction="batchmean", log_target=True)
+def _divergence(logits: Tensor, similarity: Tensor, real: Tensor) -> Tensor:
+    """KL(softmax(10 * similarity) || softmax(logits)): sum over columns, mean over rows; `real` (S,) of both."""
+    # Where nothing is real, every column is let in: what is then left out is finite.
+    outside = ~real & real.any()
+    given, target = (
+        torch.log_softmax(scores.masked_fill(outside, -torch.inf), dim=1).masked_fill(outside, 0)
+        for scores in (logits, SHARPNESS * similarity)
+    )
+    rows = functional.kl_div(given, target, reduction="none", log_target=True).sum(1)
+    return torch.where(real, rows, 0).sum() / real.sum().clamp(min=1)

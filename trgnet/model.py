@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 
 from trgnet.kernels import (
     attention_layer,
-    channel_dropout,
+    channel_mask,
     check_mask,
     check_shapes,
     dilated_residual,
@@ -264,12 +264,10 @@ class TemporalModule(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor, seeds: Iterator[Tensor | None]) -> Tensor:
         """x (N, F, V, T), mask (N, 1, T) -> (N, F, T), zero on padded frames."""
-        x = channel_dropout(x, self.channel_dropout, _single(next(seeds)))
-        channels = self.conv_in(rearrange(x, "n f v t -> n f (v t)"))
-        groups = rearrange(channels, "n (g c) (v t) -> n g (c v) t", g=len(self.layers), v=x.shape[2])
+        groups = self._groups(x, _single(next(seeds)))
         folded = [layer.folded() for layer in self.fusion]
-        projected = self._project(groups, [spatial for _, spatial, _ in folded], x.shape[2])
-        s = (projected[-1] + self.seed.bias.to(x.dtype).unsqueeze(1)) * mask.to(x.dtype)
+        projected, shift = self._project(groups, [spatial for _, spatial, _ in folded])
+        s = (projected[-1] + (self.seed.bias + shift[-1]).to(x.dtype).unsqueeze(1)) * mask.to(x.dtype)
         for i, layer in enumerate(self.layers):
             if i > 0:
                 weight, _, bias = folded[i - 1]
@@ -279,7 +277,7 @@ class TemporalModule(nn.Module):
                     projected[i - 1],
                     mask,
                     weight1=weight,
-                    bias1=bias,
+                    bias1=bias + shift[i - 1],
                     weight2=project.weight,
                     bias2=project.bias,
                     p=self.fusion_dropout,
@@ -288,13 +286,30 @@ class TemporalModule(nn.Module):
             s = layer(s, mask, None, 1.0, next(seeds))
         return self.conv_out(s) * mask.to(s.dtype)
 
-    def _project(self, groups: Tensor, spatial: list[Tensor], joints: int) -> tuple[Tensor, ...]:
-        """Project every spatial group and the seed, (N, layers, 8V, T) -> layers x (N, F, T), in one product.
+    def _groups(self, x: Tensor, seed: Tensor | None) -> Tensor:
+        """The spatial groups without the bias of `conv_in`: (N, F, V, T) -> (N, layers, 8, V, T).
 
-        The groups lie channel-major; the weights are joint-major, so the weights are re-ordered.
+        Channel dropout takes whole planes of x, so the weight drops them: no dropped copy of x is made.
         """
-        weights = torch.stack([*spatial, self.seed.weight])
-        return (rearrange(weights, "g f (v c) -> g f (c v)", v=joints) @ groups).unbind(1)
+        weight = self.conv_in.weight.expand(len(x), -1, -1)
+        kept = channel_mask(*x.shape[:2], self.channel_dropout, seed, weight.dtype)
+        if kept is not None:
+            weight = weight * kept.unsqueeze(1)
+        channels = torch.bmm(weight, x.flatten(2))
+        return rearrange(channels, "n (g c) (v t) -> n g c v t", c=self.group_channels, v=x.shape[2])
+
+    def _project(self, groups: Tensor, spatial: list[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Project every spatial group and the seed, in one product: (N, layers, 8, V, T) -> layers x (N, F, T).
+
+        The groups lie channel-major; the weights are joint-major, so the weights are re-ordered. Also returned is what
+        the bias of `conv_in` adds to every frame behind the projections, (layers, F), for the biases that follow them:
+        added here it would cost a pass over the groups.
+        """
+        weights = rearrange(
+            torch.stack([*spatial, self.seed.weight]), "g f (v c) -> g f c v", c=self.group_channels
+        )
+        shift = (weights.sum(3) * rearrange(self.conv_in.bias, "(g c) -> g 1 c", g=len(weights))).sum(2)
+        return (weights.flatten(2) @ groups.flatten(2, 3)).unbind(1), shift
 
 
 class ActionStage(nn.Module):

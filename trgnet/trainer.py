@@ -1,6 +1,6 @@
 """Training: from a configuration to a run folder.
 
-The loop is the usual one. Four things deserve a word:
+The loop is the usual one. Five things deserve a word:
 
 * **Repeatable and resumable.** The order of an epoch comes from a generator of (seed, epoch), the
   augmentation of a recording from one of (seed, epoch, recording); neither has a state to save, and worker
@@ -15,6 +15,9 @@ The loop is the usual one. Four things deserve a word:
 * **Numbers that are not finite stop the training**, and the batch is named: a loss before the step on a CPU,
   and on a GPU, where each look at it waits for the device, within `train.log_every` steps; the weights at the
   end of the epoch, as no loss has seen what the last step made of them. Nothing is evaluated or saved then.
+* **Nothing waits for a GPU between two looks at the loss**: losses are added up there, batches come from
+  page-locked memory, and whether float16 overflowed, so that a step was skipped, is decided there too. So the
+  learning rate's schedule counts every step, skipped or not.
 """
 
 from __future__ import annotations
@@ -40,8 +43,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from trgnet.optimizers import SCHEDULES_OF_ALL_STEPS, build_optimizer, build_schedule
+from trgnet.optimizers import (
+    SCHEDULES_OF_ALL_STEPS,
+    build_optimizer,
+    build_schedule,
+    learning_rates,
+    load_training_state,
+    training_state,
+)
 
+from .compilation import CompiledNetwork, compile_errors
 from .config import (
     AugmentConfig,
     Config,
@@ -63,6 +74,7 @@ from .predictor import Predictor, pick_device
 from .processes import Processes
 from .progress import TrainingProgress
 from .runs import Run, RunInfo, build_model, default_folder, one_line
+from .step_graphs import StepGraphs, check_graphs
 
 SELECTED_BY = "refined/f1@50"
 """The score whose maximum makes an epoch the best one."""
@@ -70,9 +82,12 @@ SELECTED_BY = "refined/f1@50"
 CHANGEABLE = (
     "data.root", "data.cache", "train.epochs", "train.device", "train.log_every", "train.evaluate_every",
     "train.final_epochs", "train.checkpoint_every", "train.checkpoint_minutes", "train.workers",
+    "train.cuda_graph", "train.compile",
 )  # fmt: skip
 """Configuration keys that a continued training may change: none of them alters a step that is behind.
 
+With another `train.device`, `train.cuda_graph` or `train.compile` the steps to come are the same computation, rounded
+differently; on another device, or compiled, dropout draws other masks too.
 `train.epochs` would under the schedules that depend on the number of all steps; there it is refused too.
 """
 
@@ -202,6 +217,7 @@ class Trainer:
         self.device = pick_device(settings.device, option="train.device")
         if settings.precision == "fp16" and self.device.type == "cpu":
             raise UserError("train.precision=fp16 needs a GPU; on a CPU use train.precision=bf16 or fp32")
+        check_graphs(settings, self.device, self.processes)
         split = split_dataset(dataset, config)
         self.parts = {"validation": split.validation, "test": split.test}
         self.parts = {part: recordings for part, recordings in self.parts.items() if recordings}
@@ -222,10 +238,13 @@ class Trainer:
         self.network = self._network()  # the model as it is trained
         self.loss = self._loss(dataset).to(self.device)
         self.joint_graph = dataset.text.joint_graph().to(self.device)
-        self.optimizer = build_optimizer(self.model.parameters(), **config.optimizer.model_dump())
+        self.optimizer = build_optimizer(
+            self.model.parameters(), **config.optimizer.model_dump(), capturable=settings.cuda_graph
+        )
         self.steps_per_epoch = math.ceil(len(self.batches) / settings.accumulate)
         self.schedule = self._schedule()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
+        self.graphs = StepGraphs(self._whole_step, self.device) if settings.cuda_graph else None
 
         self.epoch, self.step = 0, 0  # that are behind
         self.watch: LossWatch | None = None  # of the epoch that has begun
@@ -369,7 +388,7 @@ class Trainer:
         """Train what is left of an epoch and return its log record."""
         self.model.train()
         if self.watch is None:
-            self.watch = LossWatch(self.epoch + 1, self.schedule.get_last_lr()[0], self.processes)
+            self.watch = LossWatch(self.epoch + 1, learning_rates(self.schedule)[0], self.processes)
         watch = self.watch
         self.batches.epoch, self.batches.done = watch.epoch, watch.batches
         before, started = watch.seconds, time.perf_counter()
@@ -415,26 +434,49 @@ class Trainer:
 
     def _step(self, group: Sequence[Batch], watch: LossWatch) -> None:
         """One optimizer step along the mean gradient of the batches of `group`."""
+        if self.graphs is not None:
+            (batch,) = group
+            watch.add(self.graphs(batch), batch, self.step + 1)
+        else:
+            self._gradients(group, watch)
+        if self._looks(self.step + 1):
+            watch.look()
+        if self.graphs is None:
+            self._update()
+        self.step += 1
+        self.schedule.step()
+
+    def _gradients(self, group: Sequence[Batch], watch: LossWatch) -> None:
+        """The mean gradient of the batches of `group`; their losses go to `watch`."""
         self.optimizer.zero_grad(set_to_none=True)
         for batch in group:
             with self._exchange(last=batch is group[-1]):
-                batch = batch.to(self.device, non_blocking=True)
-                with self._autocast():
-                    output = self.network(batch.x, batch.mask, self.joint_graph, batch.segments)
-                terms = self.loss(output, batch)
+                terms = self._backward(batch.to(self.device, non_blocking=True), parts=len(group))
                 watch.add(terms, batch, self.step + 1)
-                self.scaler.scale(terms["total"] / len(group)).backward()
-        if self._looks(self.step + 1):
-            watch.look()
+
+    def _whole_step(self, batch: Batch) -> dict[str, Tensor]:
+        """All that a step of one batch on the device does there, without its schedule."""
+        self.optimizer.zero_grad(set_to_none=True)
+        terms = self._backward(batch)
+        self._update()
+        return terms
+
+    def _backward(self, batch: Batch, parts: int = 1) -> dict[str, Tensor]:
+        """Add the gradient of a batch on the device, one of `parts` whose mean is taken; returns its losses."""
+        with compile_errors() if self.config.train.compile else nullcontext():
+            with self._autocast():
+                output = self.network(batch.x, batch.mask, self.joint_graph, batch.segments)
+            terms = self.loss(output, batch)
+            self.scaler.scale(terms["total"] / parts).backward()
+        return {name: term.detach() for name, term in terms.items()}
+
+    def _update(self) -> None:
+        """The optimizer's step along the gradient, clipped if that is wanted."""
         if self.config.train.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_norm)
-        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.step += 1
-        if self.scaler.get_scale() >= scale:  # a lowered scale says that the step was skipped
-            self.schedule.step()
 
     def _exchange(self, last: bool) -> AbstractContextManager[Any]:
         """Several processes average their gradients once, with the last batch of a step."""
@@ -541,8 +583,7 @@ class Trainer:
             "step": self.step,
             "watch": None if self.watch is None else self.watch.state_dict(),
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            **training_state(self.schedule),
             "scaler": self.scaler.state_dict(),
             "generators": self.processes.gather(generators),
             "best": self.best,
@@ -551,12 +592,10 @@ class Trainer:
 
     def _restore(self, state: dict[str, Any], changed: Sequence[str] = (), allow: Sequence[str] = ()) -> None:
         """Continue from `state`, with the settings `changed` since."""
-        settings = [_settings(group) for group in self.optimizer.param_groups]
         try:
             self._restore_generators(state["generators"], allow)
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.schedule.load_state_dict(state["schedule"])
+            load_training_state(self.schedule, state)
             self.scaler.load_state_dict(state["scaler"])
             self.epoch, self.step = state["epoch"], state["step"]
             self.history = state["history"]
@@ -579,8 +618,6 @@ class Trainer:
                 f"{self.watch.epoch}: continue it as it was with train.checkpoint_every=1, interrupt it after an "
                 "epoch's end with a second Ctrl-C, and change then"
             )
-        if any(key.startswith(("optimizer.", "schedule.")) for key in changed):
-            self._apply(settings)
 
     def _restore_generators(self, states: Sequence[dict[str, Tensor | None]], allow: Sequence[str]) -> None:
         if len(states) != self.processes.count:
@@ -594,17 +631,6 @@ class Trainer:
         torch.set_rng_state(state["cpu"])
         if self.device.type == "cuda" and state["cuda"] is not None:
             torch.cuda.set_rng_state(state["cuda"], self.device)
-
-    def _apply(self, settings: Sequence[dict[str, Any]]) -> None:
-        """Give the parameter groups these settings instead of those of the checkpoint, from the next step on."""
-        self.schedule.base_lrs = [group["initial_lr"] for group in settings]
-        rates = [
-            base * factor(self.schedule.last_epoch)
-            for base, factor in zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
-        ]
-        for group, new, rate in zip(self.optimizer.param_groups, settings, rates, strict=True):
-            group.update(new, lr=rate)
-        self.schedule._last_lr = rates
 
     def _moment(self) -> str:
         """Where the training stands, for people."""
@@ -683,9 +709,10 @@ class Trainer:
     # Parts
 
     def _network(self) -> nn.Module:
-        """The model; for several processes wrapped so that their gradients are averaged."""
+        """The model, compiled if that is wanted; for several processes, so that their gradients are averaged."""
+        network = CompiledNetwork(self.model) if self.config.train.compile else self.model
         if not self.processes.several:
-            return self.model
+            return network
         common = self.config.train.batch_norm == "synchronised"
         for module in self.model.modules():
             if isinstance(module, MaskedBatchNorm) and common:
@@ -693,14 +720,14 @@ class Trainer:
         if not self.processes.first:  # other dropout than the first process's, which draws as it would alone
             seeds = np.random.SeedSequence([self.config.train.seed, self.processes.rank])
             torch.manual_seed(int(seeds.generate_state(1)[0]))
-        return DistributedDataParallel(self.model)
+        return DistributedDataParallel(network)
 
     def _loader(self, data: TrainingData) -> DataLoader[Batch]:
         settings = self.config.train
         return DataLoader(
             data,
             batch_sampler=self.batches,
-            collate_fn=Collate(settings.pad_multiple),
+            collate_fn=Collate(settings.pad_multiple, buckets=settings.cuda_graph),
             num_workers=settings.workers,
             worker_init_fn=ignore_signals,
             persistent_workers=settings.workers > 0,
@@ -815,9 +842,10 @@ class Collate:
     """Makes a batch of recordings; a class, so that it can be sent to worker processes."""
 
     pad_multiple: int
+    buckets: bool = False
 
     def __call__(self, recordings: Sequence[Recording]) -> Batch:
-        return collate(recordings, self.pad_multiple)
+        return collate(recordings, self.pad_multiple, buckets=self.buckets)
 
 
 class LossWatch:
@@ -846,6 +874,7 @@ class LossWatch:
         self.recordings = batch.names
         values = [term.detach().float() for term in terms.values()]
         frames = torch.full_like(values[0], sum(batch.lengths))
+        # torch.stack copies them: the next replay of a CUDA graph overwrites its own.
         self._waiting.append((torch.stack([*values, frames]), batch.names, step))
 
     def look(self) -> None:
@@ -962,11 +991,6 @@ def _deterministic_cudnn() -> Iterator[None]:
         yield
     finally:
         cudnn.deterministic, cudnn.benchmark = before
-
-
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a parameter group of an optimizer."""
-    return {key: value for key, value in group.items() if key != "params"}
 
 
 def _check_changes(saved: Config, config: Config, changed: Sequence[str], allow: Sequence[str]) -> None:

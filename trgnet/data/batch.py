@@ -13,7 +13,10 @@ from torch import Tensor
 from .labels import IGNORE, segments_of
 from .recording import Recording
 
-__all__ = ["Batch", "Segments", "collate", "segments_of"]
+__all__ = ["Batch", "Segments", "bucket", "collate", "segments_of"]
+
+SEGMENT_MULTIPLE = 8
+"""What the number of segments is a multiple of in batches of few sizes."""
 
 Container = TypeVar("Container", "Segments", "Batch")
 
@@ -27,7 +30,8 @@ class Segments:
 
     Args:
         batch, start, length, label: int64 (S,): index of the sequence, first frame, number of frames, class.
-            In the order of the sequences and of time.
+            In the order of the sequences and of time. Behind them there may be padding: segments of length 0
+            and label `IGNORE` at the end of the last sequence.
     """
 
     batch: Tensor
@@ -45,6 +49,10 @@ class Segments:
     def pin_memory(self) -> Segments:
         """The same segments in page-locked memory."""
         return _moved(self, Tensor.pin_memory)
+
+    def copy_(self, source: Segments) -> None:
+        """Take the values of `source`, of the same size, without waiting for the device."""
+        _copy(self, source)
 
 
 @dataclass(eq=False)
@@ -78,6 +86,31 @@ class Batch:
         """The same batch in page-locked memory, from which copies to a GPU can overlap with its work."""
         return replace(_moved(self, Tensor.pin_memory), segments=self.segments.pin_memory())
 
+    def copy_(self, source: Batch) -> None:
+        """Take the values, not names and lengths, of `source`, of the same size, without waiting for the device."""
+        _copy(self, source)
+        self.segments.copy_(source.segments)
+
+
+def bucket(size: int, multiple: int) -> int:
+    """`size` rounded up to one of few sizes, multiples of `multiple`: eight from each power of two to the next.
+
+    Beyond the rounding to `multiple` that adds at most an eighth.
+
+    >>> [bucket(frames, 16) for frames in (100, 260, 6000)]
+    [112, 288, 6144]
+    """
+    count = max(1, -(-size // multiple))
+    step = 1 << max(0, count.bit_length() - 4)
+    return -(-count // step) * step * multiple
+
+
+def _copy(container: Container, source: Container) -> None:
+    for field in fields(container):
+        value = getattr(container, field.name)
+        if isinstance(value, Tensor):
+            value.copy_(getattr(source, field.name), non_blocking=True)
+
 
 def _moved(container: Container, move: Callable[[Tensor], Tensor]) -> Container:
     """The container with its own tensors moved, everything else as it was."""
@@ -86,7 +119,13 @@ def _moved(container: Container, move: Callable[[Tensor], Tensor]) -> Container:
     return replace(container, **moved)
 
 
-def collate(recordings: Sequence[Recording], pad_multiple: int = 16, pad_to: int | None = None) -> Batch:
+def collate(
+    recordings: Sequence[Recording],
+    pad_multiple: int = 16,
+    pad_to: int | None = None,
+    *,
+    buckets: bool = False,
+) -> Batch:
     """Put recordings into one batch.
 
     Args:
@@ -94,12 +133,13 @@ def collate(recordings: Sequence[Recording], pad_multiple: int = 16, pad_to: int
             `IGNORE` everywhere, no boundaries, no segments.
         pad_multiple: T is the longest recording's length rounded up to a multiple of this.
         pad_to: T itself, instead of `pad_multiple`.
+        buckets: whether T and S are rounded up further, see :func:`bucket`, so that batches come in few sizes.
 
     Raises:
         ValueError: no recordings, different (C, V), or a `pad_to` shorter than the longest recording.
     """
     channels, joints = _common_shape(recordings)
-    frames = _padded_length(recordings, pad_multiple, pad_to)
+    frames = _padded_length(recordings, pad_multiple, pad_to, buckets)
     count = len(recordings)
     x = np.zeros((count, channels, joints, frames), dtype=np.float32)
     mask = np.zeros((count, 1, frames), dtype=bool)
@@ -114,7 +154,15 @@ def collate(recordings: Sequence[Recording], pad_multiple: int = 16, pad_to: int
             labels[index, real] = recording.labels
             boundaries[index, real] = recording.boundaries()
             segments += [(index, *segment) for segment in segments_of(recording.labels)]
-    columns = torch.tensor(segments, dtype=torch.int64).reshape(-1, 4).T.contiguous()
+    if buckets:
+        missing = bucket(len(segments), SEGMENT_MULTIPLE) - len(segments)
+        segments += [(count - 1, frames, 0, IGNORE)] * missing
+    # A copy in any case: one row's transpose counts as contiguous, and its columns would be 4 apart.
+    columns = (
+        torch.tensor(segments, dtype=torch.int64)
+        .reshape(-1, 4)
+        .T.clone(memory_format=torch.contiguous_format)
+    )
     return Batch(
         x=torch.from_numpy(x),
         mask=torch.from_numpy(mask),
@@ -139,10 +187,14 @@ def _common_shape(recordings: Sequence[Recording]) -> tuple[int, int]:
     return channels, joints
 
 
-def _padded_length(recordings: Sequence[Recording], pad_multiple: int, pad_to: int | None) -> int:
+def _padded_length(
+    recordings: Sequence[Recording], pad_multiple: int, pad_to: int | None, buckets: bool
+) -> int:
     if pad_multiple < 1:
         raise ValueError(f"pad_multiple must be at least 1, got {pad_multiple}")
     longest = max(recordings, key=lambda recording: recording.length)
+    if pad_to is None and buckets:
+        return bucket(longest.length, pad_multiple)
     if pad_to is None:
         return -(-longest.length // pad_multiple) * pad_multiple
     if pad_to < longest.length:
