@@ -163,6 +163,11 @@ def dilation_arguments(d: int) -> tuple[int, dict[str, int]]:
     return d // unit(d), {"STRIDE": unit(d)}
 
 
+def conv_backward_frames(x: Tensor) -> int:
+    """Frames of a tile of the backward kernel: fewer for split operands and rows that are not aligned."""
+    return 16 if needs_split_products(x) and unit(x.shape[2]) == 1 else 32
+
+
 def launch_dilated_conv_backward(
     grad: Tensor,
     mask: Tensor,
@@ -185,7 +190,8 @@ def launch_dilated_conv_backward(
     per_sequence, steps = division
     constants = tile_constants(x, frames)
     d, stride = dilation_arguments(d)
-    apart = needs_split_products(x) or (norm is not None and target_of(x).backend == "hip")
+    short = target_of(x).backend == "hip" or unit(t) == 1
+    apart = needs_split_products(x) or (norm is not None and short)
     launch(
         _dilated_conv_backward_kernel, (n * per_sequence,), grad, mask, x, weight, gr,
         *(norm or (None, None, None, None)), grad_x, parts, d, t // constants["UNIT"], per_sequence, steps,

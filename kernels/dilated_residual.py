@@ -25,6 +25,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from .dilated_conv import (
+    conv_backward_frames,
     dilated_conv,
     dilated_conv_by_taps,
     dilation_arguments,
@@ -47,7 +48,7 @@ from .frame_tiles import (
     unsupported_frames,
     warps,
 )
-from .launch import kernel, launch, launchable, rows, tl, unit
+from .launch import kernel, launch, launchable, rows, tl
 from .operator import Fused, Operator, check_mask, check_shapes
 from .pointwise import pointwise
 
@@ -141,10 +142,6 @@ def _dilated_residual_backward_kernel(
 # three-fold tf32 products want the most room; rows that are not aligned want more than others.
 
 
-def _backward_frames(x: Tensor) -> int:
-    return 16 if needs_split_products(x) and unit(x.shape[2]) == 1 else 32
-
-
 def _forward(
     x: Tensor,
     mask: Tensor,
@@ -193,7 +190,7 @@ def _backward(
     if not launchable(x) or not x.numel():
         return grad_x, x.new_zeros(columns, dtype=torch.float32)
     grad, x, mask, conv_weight = rows(grad), rows(x), rows(mask), conv_weight.contiguous()
-    frames = _backward_frames(x)
+    frames = conv_backward_frames(x)
     constants, division = tile_constants(x, frames), split(x, frames)
     gz, parts = torch.empty_like(x), x.new_empty(n * division[0], columns, dtype=torch.float32)
     seed, *dropout_numbers = dropout_arguments(p, seed)

@@ -100,6 +100,11 @@ def device_function(function: Callable[..., Any]) -> Any:
     return function if triton is None else triton.jit(function)
 
 
+def constant(value: int | float) -> Any:
+    """Declare a number of a module that its kernels use."""
+    return value if triton is None else tl.constexpr(value)
+
+
 def interpreted() -> bool:
     """Whether kernels run under Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1 at import)."""
     return _INTERPRETED
