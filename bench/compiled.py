@@ -32,6 +32,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from trgnet.kernels import operator, operator_table
 from trgnet.kernels.launch import Launch, Target, interpreted, record_launches
 
@@ -68,6 +69,7 @@ MADE_NARROW = {
     "boundary_loss": (0,),
     "segment_mean": (0,),
     "pairwise_distance": (0,),
+    "moment_update": (0, 1, 2, 3),
 }
 """Positions of the arguments that come in half precision, as an operation before made them so under autocast; beside
 those that autocast narrows for the operator itself, ``Fused.narrowed``."""
@@ -126,10 +128,7 @@ def launches(job: Job) -> list[Launch]:
     dtype, matmul = PRECISIONS[job.precision]
     args = make_case(job.operator, job.size).network_args
     narrow = {*operator(job.operator).triton.narrowed, *MADE_NARROW.get(job.operator, ())}
-    args = [
-        a.detach().to("meta", dtype if i in narrow else a.dtype) if isinstance(a, Tensor) else a
-        for i, a in enumerate(args)
-    ]
+    args = [_on_meta(a, dtype if i in narrow else None) for i, a in enumerate(args)]
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(matmul)
     try:
@@ -138,6 +137,11 @@ def launches(job: Job) -> list[Launch]:
     finally:
         torch.set_float32_matmul_precision(before)
     return list({launch.compilation: launch for launch in recorded}.values())
+
+
+def _on_meta(argument: Any, dtype: torch.dtype | None) -> Any:
+    """Its tensors, those in a list too, without values; in ``dtype``, if there is one."""
+    return tree_map_only(Tensor, lambda t: t.detach().to("meta", dtype or t.dtype), argument)
 
 
 def compile_job(job: Job) -> list[Code]:

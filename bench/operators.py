@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from trgnet.kernels import operator
+from trgnet.kernels.loss_gate import new_control
+from trgnet.kernels.moment_update import Hyper
 
 from . import published
 
@@ -41,7 +43,8 @@ class Case:
     """One operator: its arguments, its published formulation, and what tells the two layouts apart."""
 
     args: tuple[Any, ...]
-    published: Callable[..., Any]
+    published: Callable[..., Any] | None
+    """None where there is nothing to compare with."""
     swapped: tuple[int, ...] = ()
     """Positions of the arguments of shape (..., V, T)."""
     dropout: tuple[int, ...] = ()
@@ -130,6 +133,7 @@ def make_case(name: str, size: Size = Size()) -> Case:
             (random(n, k, t), labels, similarity, mask, None),
             lambda logits, labels, similarity, *_: published.class_loss(logits, labels, similarity),
         ),
+        "moment_update": lambda: Case(_moment_update(random), None),
         "boundary_loss": lambda: Case(
             (random(n, 1, t), (labels == 0).float(), mask, torch.tensor(float(k))),
             lambda logits, target, _, pos_weight: published.boundary_loss(logits, target, pos_weight),
@@ -201,6 +205,29 @@ def _segments(size: Size) -> tuple[Tensor, Tensor, Tensor]:
     frames = size.t // per_sequence
     starts = torch.arange(per_sequence).repeat(size.n) * frames
     return torch.arange(size.n).repeat_interleave(per_sequence), starts, torch.full_like(starts, frames)
+
+
+def _moment_update(random: Callable[..., Tensor]) -> tuple[Any, ...]:
+    """Loss-gated second-moment scaling of convolution weights, whose moments are in the precision of the weights."""
+    params, grads, first, second = ([random(64, 64, 3, 3).detach() for _ in range(2)] for _ in range(4))
+    rows, counts = torch.tensor([Hyper(lr=0.1).row]), torch.zeros(2, 3)
+    scalars = [torch.ones(()) for _ in range(4)]  # loss, clipping coefficient, gradient scale, found_inf
+    rule = ("product", "mean", 0.0, False, "nearest", 0)
+    return (
+        params,
+        grads,
+        first,
+        second,
+        [],
+        [0, 0],
+        [0, 1],
+        rows,
+        counts,
+        new_control(),
+        None,
+        *scalars,
+        *rule,
+    )
 
 
 def _dynamic_graph_conv(x: Tensor, graph: Tensor, beta: Tensor, *_: object) -> Tensor:

@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -46,11 +46,11 @@ class Fused:
     forward: Callable[..., Any]
     """With the signature of the reference; returns its outputs as a tuple, None in the place of an empty one, and behind
     them as many more as ``kept`` says."""
-    backward: Callable[..., Any]
-    """Called with the gradients of the differentiable outputs, the arguments, the outputs that ``saved`` names, and a
+    backward: Optional[Callable[..., Any]] = None
+    """None where the operator works in place. Called with the gradients of the differentiable outputs, the arguments, the outputs that ``saved`` names, and a
     list that says of each of ``differentiable`` whether its gradient is needed. Returns a tuple of those gradients (see
     ``unpack``); None, or any tensor, in the place of one that is not needed."""
-    differentiable: tuple[int, ...]
+    differentiable: tuple[int, ...] = ()
     """Positions of the arguments that have gradients."""
     saved: tuple[int, ...] = ()
     """Positions of the outputs that ``backward`` takes."""
@@ -93,8 +93,14 @@ class Operator:
         self.statistics = statistics
         self._flops = flops
         self._mutates = mutates
-        self.op = _register_in_place(self) if mutates else _register(self, statistics)
-        self.triton_op = _register_triton(self.name, triton, statistics) if triton else None
+        if mutates:
+            self.op = _register_in_place(self.name, reference, mutates)
+            self.triton_op = (
+                _register_in_place(f"{self.name}_triton", triton.forward, mutates) if triton else None
+            )
+        else:
+            self.op = _register(self, statistics)
+            self.triton_op = _register_triton(self.name, triton, statistics) if triton else None
         _OPERATORS[self.name] = self
 
     @property
@@ -137,6 +143,8 @@ class Operator:
 
     def _call_triton(self, *args: Any) -> Any:
         outputs = self.triton_op(*_narrowed(args, self.triton.narrowed))
+        if self._mutates:
+            return None
         outputs = outputs[: len(outputs) - self.triton.kept]
         return outputs if len(outputs) > 1 else outputs[0]
 
@@ -147,6 +155,9 @@ class Operator:
 
         For checks of what it launches and needs. ``gradient`` makes the gradient of an output that has one.
         """
+        if self._mutates:
+            self.triton.forward(*args)
+            return [], []
         outputs = list(self.triton.forward(*args))
         differentiable = outputs[: len(outputs) - self.statistics - self.triton.kept]
         gradients = [None if output is None else gradient(output) for output in differentiable]
@@ -219,11 +230,9 @@ def check_mask(operator_name: str, mask: Tensor) -> None:
         )
 
 
-def _register_in_place(operator: Operator) -> Any:
+def _register_in_place(name: str, function: Callable[..., None], mutates: tuple[str, ...]) -> Any:
     """Make ``torch.ops.trgnet.NAME`` that changes some of its arguments and returns nothing."""
-    return torch.library.custom_op(
-        f"trgnet::{operator.name}", operator.reference, mutates_args=operator._mutates
-    )
+    return torch.library.custom_op(f"trgnet::{name}", function, mutates_args=mutates)
 
 
 def _register(operator: Operator, statistics: int) -> Any:

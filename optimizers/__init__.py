@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules, built by name from plain numbers."""
+"""Optimizers and learning-rate schedules, some built by name from plain numbers."""
 
 from .builders import (
     OPTIMIZERS,
@@ -10,11 +10,18 @@ from .builders import (
     load_training_state,
     training_state,
 )
+from .exponent import ExponentSchedule
+from .lcam import LCAM
+from .smes import SMES, GatedSMES
 
 __all__ = [
+    "LCAM",
     "OPTIMIZERS",
     "SCHEDULES",
     "SCHEDULES_OF_ALL_STEPS",
+    "SMES",
+    "ExponentSchedule",
+    "GatedSMES",
     "build_optimizer",
     "build_schedule",
     "learning_rates",

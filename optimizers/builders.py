@@ -162,8 +162,9 @@ def load_training_state(schedule: LambdaLR, state: dict[str, dict[str, Any]]) ->
     """
     optimizer, saved = schedule.optimizer, state["optimizer"]
     base = [group["initial_lr"] for group in optimizer.param_groups]
+    kept = ("params", *getattr(optimizer, "group_state", ()))
     groups = [
-        {**group, "params": theirs["params"]}
+        {**group, **{name: theirs[name] for name in kept if name in theirs}}
         for group, theirs in zip(optimizer.param_groups, saved["param_groups"], strict=True)
     ]
     optimizer.load_state_dict({**saved, "param_groups": groups})
