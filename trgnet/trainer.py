@@ -293,7 +293,8 @@ class Trainer:
         if config.train.epochs != saved.train.epochs:
             trainer._check_new_length(saved.train.epochs)
         if trainer.processes.first:
-            remove_partial(run.path)
+            for folder in (run.path, run / "timelines"):
+                remove_partial(folder)
             save_config(config, run / "config.yaml")
         return trainer
 
