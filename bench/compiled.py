@@ -126,14 +126,15 @@ def triton_operators() -> list[str]:
 def launches(job: Job) -> list[Launch]:
     """What forward and backward of an operator launch on the job's architecture."""
     dtype, matmul = PRECISIONS[job.precision]
-    args = make_case(job.operator, job.size).network_args
+    forms = make_case(job.operator, job.size).forms
     narrow = {*operator(job.operator).triton.narrowed, *MADE_NARROW.get(job.operator, ())}
-    args = [_on_meta(a, dtype if i in narrow else None) for i, a in enumerate(args)]
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(matmul)
     try:
         with record_launches(ARCHITECTURES[job.arch]) as recorded:
-            operator(job.operator).triton_passes(args, torch.empty_like)
+            for form in forms:
+                args = [_on_meta(a, dtype if i in narrow else None) for i, a in enumerate(form)]
+                operator(job.operator).triton_passes(args, torch.empty_like)
     finally:
         torch.set_float32_matmul_precision(before)
     return list({launch.compilation: launch for launch in recorded}.values())

@@ -51,11 +51,21 @@ class Case:
     """Positions of the dropout probabilities."""
     network: dict[int, Any] = field(default_factory=dict)
     """What the network passes at other positions to have more done in the same kernels, untimed here."""
+    other: dict[int, Any] | None = None
+    """The same of a second form that the network or a training may have."""
 
     @property
     def network_args(self) -> tuple[Any, ...]:
         """The arguments as the network passes them."""
-        return tuple(self.network.get(i, a) for i, a in enumerate(self.args))
+        return self._with(self.network)
+
+    @property
+    def forms(self) -> list[tuple[Any, ...]]:
+        """The arguments of every form."""
+        return [self._with(changes) for changes in (self.network, self.other) if changes is not None]
+
+    def _with(self, changes: dict[int, Any]) -> tuple[Any, ...]:
+        return tuple(changes.get(i, a) for i, a in enumerate(self.args))
 
 
 def make_case(name: str, size: Size = Size()) -> Case:
@@ -118,6 +128,7 @@ def make_case(name: str, size: Size = Size()) -> Case:
             ),
             _attention_layer,
             dropout=(-2, -1),
+            other={2: random(n, f, t)},
         ),
         "fusion_layer": lambda: Case(
             (random(n, f, t), random(n, f, t), mask, *linear(f, f), *linear(f, f), seeds[0], 0.3),
@@ -132,6 +143,7 @@ def make_case(name: str, size: Size = Size()) -> Case:
         "class_loss": lambda: Case(
             (random(n, k, t), labels, similarity, mask, None),
             lambda logits, labels, similarity, *_: published.class_loss(logits, labels, similarity),
+            other={4: torch.ones(k)},
         ),
         "moment_update": lambda: Case(_moment_update(random), None),
         "boundary_loss": lambda: Case(

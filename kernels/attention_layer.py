@@ -146,8 +146,9 @@ def _flops(x: Tensor, mask: Tensor, source: Optional[Tensor], *rest: object) -> 
 
 
 @device_function
-def _normalised(o, mean, rstd):
-    return (o.to(tl.float32) - mean[:, None]) * rstd[:, None]
+def _normalised(o, mean, rstd, real):
+    """h in float32; padded frames are no part of the statistics, and what they give may be too large for anything."""
+    return tl.where(real[None, :], (o.to(tl.float32) - mean[:, None]) * rstd[:, None], 0.0)
 
 
 @device_function
@@ -175,15 +176,15 @@ def _attention_pack_kernel(
     i, o_f = tl.program_id(0), tl.arange(0, BF)
     inside = (o_f < F)[:, None] & (o_f < F)[None, :]
     places = o_f[:, None] * F + o_f[None, :]
+    dtype = packed_ptr.dtype.element_ty
     if i < VALUE:
-        weight = tl.load(query_key_ptr + i * F * F + places, mask=inside, other=0.0)
+        weight = tl.load(query_key_ptr + i * F * F + places, mask=inside, other=0.0).to(dtype)
     elif i == VALUE:
-        weight = tl.load(value_ptr + places, mask=inside, other=0.0)
+        weight = tl.load(value_ptr + places, mask=inside, other=0.0).to(dtype)
     elif i == ATTENTION:
-        weight = tl.load(attention_ptr + places, mask=inside, other=0.0)
+        weight = tl.load(attention_ptr + places, mask=inside, other=0.0).to(dtype)
     else:
-        weight = tl.load(output_ptr + places, mask=inside, other=0.0)
-    weight = weight.to(packed_ptr.dtype.element_ty)
+        weight = tl.load(output_ptr + places, mask=inside, other=0.0).to(dtype)
     packed_ptr += i * (BF * BF)
     tl.store(packed_ptr + (o_f[:, None] * BF + o_f[None, :]), weight)
     tl.store(packed_ptr + TRANSPOSED * (BF * BF) + (o_f[None, :] * BF + o_f[:, None]), weight)
@@ -233,9 +234,7 @@ def _store_heads(ptr, x, o_f, F, HEAD: tl.constexpr):
 def _normalised_and_keys(o, real, stats_ptr, sums_ptr, i_n, o_f, eps, F, HEAD: tl.constexpr):
     """h in the dtype of o, and the sum of keys."""
     stats_ptr += i_n * (2 * F + 1)
-    h = _normalised(o, load_vector(stats_ptr, o_f, F), load_vector(stats_ptr + F, o_f, F))
-    # Padded frames are no part of the statistics: there h may be so large that Q and the normaliser are 0.
-    h = tl.where(real[None, :], h, 0.0).to(o.dtype)
+    h = _normalised(o, load_vector(stats_ptr, o_f, F), load_vector(stats_ptr + F, o_f, F), real).to(o.dtype)
     return h, load_vector(sums_ptr + i_n * (F * HEAD + F) + F * HEAD, o_f, F) + tl.cast(eps, tl.float32)
 
 
@@ -301,9 +300,10 @@ def _attention_key_value_kernel(
     key_value, keys = tl.zeros([BF, BF], tl.float32), tl.zeros([BF], tl.float32)
     for i in range(0, STEPS):
         t = (i_p * STEPS + i) * BT + o_t
-        h = _normalised(load_frames(o_ptr + plane, o_f, t, F, T), mean, rstd).to(dtype)
+        real = load_real(mask_ptr + i_n * T, t, T)
+        h = _normalised(load_frames(o_ptr + plane, o_f, t, F, T), mean, rstd, real).to(dtype)
         key = _sigmoid_product(_load_packed(packed_ptr, KEY, BF), h, key_bias, PRECISION)
-        key = tl.where(load_real(mask_ptr + i_n * T, t, T)[None, :], key, 0.0).to(dtype)
+        key = tl.where(real[None, :], key, 0.0).to(dtype)
         if source_ptr is not None:
             h = load_frames(source_ptr + plane, o_f, t, F, T)
         value = (
@@ -428,7 +428,8 @@ def _attention_key_value_backward_kernel(
     operands_ptr += plane
     o = load_frames(o_ptr + plane, o_f, t, F, T)
     stats_ptr += i_n * (2 * F + 1)
-    normalised = _normalised(o, load_vector(stats_ptr, o_f, F), load_vector(stats_ptr + F, o_f, F))
+    real = load_real(mask_ptr + i_n * T, t, T)
+    normalised = _normalised(o, load_vector(stats_ptr, o_f, F), load_vector(stats_ptr + F, o_f, F), real)
     h = normalised.to(o.dtype)
     source = h
     if source_ptr is not None:
@@ -436,7 +437,6 @@ def _attention_key_value_backward_kernel(
     grad_sums_ptr += i_n * (F * HEAD + F)
     # Back to U.
     key = _sigmoid_product(_load_packed(packed_ptr, KEY, BF), h, load_vector(key_bias_ptr, o_f, F), PRECISION)
-    real = load_real(mask_ptr + i_n * T, t, T)
     key = tl.where(real[None, :], key.to(o.dtype).to(tl.float32), 0.0)
     g = tl.dot(_load_heads(grad_sums_ptr, o_f, F, HEAD), key, input_precision=WIDE).to(o.dtype)
     store_frames(operands_ptr + VALUE * everything, g, o_f, t, F, T)
@@ -631,7 +631,7 @@ def _backward(
     parts = stats.new_empty(n * per_sequence, columns)
     launch_dilated_conv_backward(
         grad, mask, x, conv_weight.contiguous(), dilation, gr, (gh, o, stats, norm_sums.sum(1)), grad_x, parts,
-        (per_sequence, steps), conv_backward_frames(x),
+        (per_sequence, steps),
     )  # fmt: skip
     launch(
         _attention_weights_backward_kernel, (n * per_sequence, 5), operands, source, parts, n, length, per_sequence,
@@ -645,10 +645,6 @@ def _unpack(computed: Sequence[Tensor], args: Sequence[Any]) -> tuple[Tensor | N
     return (grad_x, grad_source, *split_gradients(flat, args[3:13]))
 
 
-def _unsupported(x: Tensor, mask: Tensor, source: Optional[Tensor], *_: object) -> str | None:
-    return unsupported_frames(x)
-
-
 OPERATOR = Operator(
     _attention_layer_reference,
     _flops,
@@ -659,7 +655,7 @@ OPERATOR = Operator(
         saved=(1, 2, 3, 4, 5),
         kept=5,
         unpack=_unpack,
-        unsupported=_unsupported,
+        unsupported=unsupported_frames,
     ),
 )
 

@@ -179,16 +179,15 @@ def launch_dilated_conv_backward(
     grad_x: Tensor,
     parts: Tensor,
     division: tuple[int, int],
-    frames: int,
 ) -> None:
     """Write the gradient of x, and of weight and bias into the first columns of ``parts`` (programs, columns).
 
-    ``gr`` is gz itself, or, with ``norm`` = (gh, y, statistics of the norm, sums over time of gh and gh h (N, 2F)), what reaches y beside
-    the norm. ``division`` is that of :func:`.frame_tiles.split` in tiles of ``frames``.
+    ``gr`` is gz itself, or, with ``norm`` = (gh, y, statistics of the norm, sums over time of gh and gh h (N, 2F)), what
+    reaches y beside the norm. ``division`` is that of :func:`.frame_tiles.split` in tiles of ``conv_backward_frames(x)``.
     """
     n, _, t = x.shape
     per_sequence, steps = division
-    constants = tile_constants(x, frames)
+    constants = tile_constants(x, conv_backward_frames(x))
     d, stride = dilation_arguments(d)
     short = target_of(x).backend == "hip" or unit(t) == 1
     apart = needs_split_products(x) or (norm is not None and short)

@@ -200,9 +200,7 @@ def _backward(
         output_weight.contiguous(), seed, gz, parts, *dropout_numbers, d, t // constants["UNIT"], *division,
         PASSES=2 if needs_split_products(x) else 1, num_warps=warps(x), **stride, **constants,
     )  # fmt: skip
-    launch_dilated_conv_backward(
-        grad, mask, x, conv_weight, dilation, gz, None, grad_x, parts, division, frames
-    )
+    launch_dilated_conv_backward(grad, mask, x, conv_weight, dilation, gz, None, grad_x, parts, division)
     return grad_x, parts.sum(0)
 
 

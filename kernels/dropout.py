@@ -17,9 +17,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .launch import device_function, tl
+from .launch import constant, device_function, tl
 
 _FRAME_OFFSET = 1 << 30  # frames and rows count in separate ranges, so that hash(t) never meets hash(i)
+_KERNEL_FRAME_OFFSET = constant(_FRAME_OFFSET)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
@@ -57,7 +58,7 @@ def dropout_rows(seed_ptr, rows):
 @device_function
 def dropped(x, rows, t, threshold, scale):
     """The dropout of x [X, Y], of hashed rows [X] (:func:`dropout_rows`) and frames t [Y]."""
-    bits = _kernel_hash(rows[:, None] ^ _kernel_hash((t + 1073741824).to(tl.uint32))[None, :])
+    bits = _kernel_hash(rows[:, None] ^ _kernel_hash((t + _KERNEL_FRAME_OFFSET).to(tl.uint32))[None, :])
     return tl.where(bits.to(tl.int32, bitcast=True) >= threshold, x * tl.cast(scale, tl.float32), 0.0)
 
 

@@ -43,6 +43,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from .frame_tiles import split, warps
 from .launch import (
     TILE_LIMIT,
     cdiv,
@@ -52,7 +53,6 @@ from .launch import (
     launchable,
     power_of_two,
     rows,
-    target_of,
     tl,
     unit,
 )
@@ -64,8 +64,6 @@ IGNORE = 255
 TRUNCATION = 16.0
 LEAST_CLASSES, MOST_CLASSES = 16, 256
 """Of a tile: a program holds all classes of its frames in registers, and its sums in aligned rows."""
-ENOUGH_PROGRAMS, MOST_PARTS = 264, 128
-"""How many programs are enough for a large GPU, and into how many parts a sequence is split at most."""
 
 
 def _class_loss_reference(
@@ -367,23 +365,12 @@ def _class_loss_backward_kernel(
     tl.store(out, grad.to(grad_ptr.dtype.element_ty), mask=m_k[:, None] & (o_t < T)[None, :])
 
 
-def _parts(sequences: int, tiles: int) -> tuple[int, int]:
-    """Into how many parts each sequence is split, and how many tiles each has."""
-    most = min(max(1, cdiv(ENOUGH_PROGRAMS, sequences)), MOST_PARTS)
-    per_part = cdiv(tiles, most)
-    return cdiv(tiles, per_part), per_part
-
-
-def _warps(threads: int, tensor: Tensor) -> int:
-    return threads // (64 if target_of(tensor).backend == "hip" else 32)
-
-
 def _class_tiling(logits: Tensor) -> dict[str, int]:
     """What a launch is told: all classes of at least 16 frames, 8 values (16 bytes in half precision) for each thread."""
     _, k, t = logits.shape
     classes = power_of_two(k, LEAST_CLASSES)
     frames = max(16, 2048 // classes)
-    return {"BK": classes, "BT": frames, "UNIT": unit(t), "num_warps": _warps(classes * frames // 8, logits)}
+    return {"BK": classes, "BT": frames, "UNIT": unit(t), "num_warps": warps(logits, classes * frames // 8)}
 
 
 def _class_loss_forward(
@@ -406,7 +393,7 @@ def _class_loss_forward(
     logits, labels, similarity, mask = rows(logits), rows(labels), rows(similarity), rows(mask)
     tiling = _class_tiling(logits)
     tiles, block = cdiv(t, tiling["BT"]), 1024 // tiling["BK"]
-    parts, per_part = _parts(n, tiles)
+    parts, per_part = split(logits, tiling["BT"])
     programs, length = n * parts, t // tiling["UNIT"]
     powers = logits.new_empty(programs, 2, tiling["BK"], dtype=torch.float32)
     sums = logits.new_empty(4, programs, dtype=torch.float32)
@@ -562,7 +549,7 @@ def _boundary_loss_backward_kernel(
 
 
 def _boundary_tiling(logits: Tensor) -> dict[str, int]:
-    return {"BT": 1024, "UNIT": unit(logits.shape[2]), "num_warps": _warps(128, logits)}
+    return {"BT": 1024, "UNIT": unit(logits.shape[2]), "num_warps": warps(logits, 128)}
 
 
 def _boundary_loss_forward(
@@ -578,7 +565,7 @@ def _boundary_loss_forward(
     logits, target, mask = rows(logits), rows(target), rows(mask)
     tiling = _boundary_tiling(logits)
     tiles = cdiv(t, tiling["BT"])
-    parts, per_part = _parts(n, tiles)
+    parts, per_part = split(logits, tiling["BT"])
     sums = logits.new_empty(2, n * parts, dtype=torch.float32)
     launch(
         _boundary_loss_sums_kernel, (n * parts,), logits, target, mask, pos_weight, sums, t // tiling["UNIT"], tiles,

@@ -1,8 +1,8 @@
 """What the kernels over (features, frames) share: how a sequence is divided, and loads of tiles and weights.
 
-A program works on all features of some consecutive tiles of frames of one sequence. So a product with a square weight is
-one product of tiles, and a sum over time is a sum over the programs of a sequence, whose parts are added up in a fixed
-order. The number of programs does not depend on the device, and nor do results.
+A program works on all features of one tile of frames of a sequence, or of some consecutive ones. So a product with a
+square weight is one product of tiles, and a sum over time is a sum over the programs of a sequence, whose parts are added
+up in a fixed order. Tiles depend on precision and backend, but programs are not counted by the device's processors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MOST_FEATURES = 64
 PROGRAMS = 264
 """As many as the GPUs of today run at a time, twice: more would only leave more parts to be added up."""
 MOST_PARTS = 128
-"""Of a sequence: every program reads the parts of all, so their number bounds what is read beside the tensors."""
+"""Of a sequence, where programs have several tiles: every part is read again, by as many programs or by a sum."""
 
 
 def split(x: Tensor, frames: int, programs: int = PROGRAMS) -> tuple[int, int]:
@@ -58,9 +58,9 @@ def needs_split_products(x: Tensor) -> bool:
     return x.dtype == torch.float32 and exact_float32() and target_of(x).backend == "cuda"
 
 
-def warps(x: Tensor) -> int:
-    """Warps that have 256 threads."""
-    return 4 if target_of(x).backend == "hip" else 8
+def warps(x: Tensor, threads: int = 256) -> int:
+    """Warps that have so many threads."""
+    return threads // (64 if target_of(x).backend == "hip" else 32)
 
 
 def unsupported_frames(x: Tensor, *_: object) -> str | None:

@@ -15,7 +15,7 @@ Shapes: x, spatial, out (N, F, T); mask (N, 1, T) bool; W1, W2 (F, F); b1, b2 (F
 Source: arXiv 2503.15126 (spatio-temporal fusion of DSFM); the folding of its linear maps is ours.
 
 One launch forward. Backward computes z again: one launch, whose programs leave parts of the gradients of the parameters,
-and one sum over them. What padded frames hold does not matter, whatever it is.
+and one sum over them. To the kernels it does not matter what padded frames hold.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,19 +37,19 @@ class Cost:
 
 @dataclass(frozen=True)
 class Fused:
-    """The Triton implementation of an operator: two functions of tensors that launch kernels.
+    """The Triton implementation of an operator: functions of tensors that launch kernels.
 
-    Both are annotated, run on fake tensors (where they only allocate, see :func:`.launch.launchable`), and are called
+    They are annotated, run on fake tensors (where they only allocate, see :func:`.launch.launchable`), and are called
     with autocast switched off.
     """
 
     forward: Callable[..., Any]
     """With the signature of the reference; returns its outputs as a tuple, None in the place of an empty one, and behind
     them as many more as ``kept`` says."""
-    backward: Optional[Callable[..., Any]] = None
-    """None where the operator works in place. Called with the gradients of the differentiable outputs, the arguments, the outputs that ``saved`` names, and a
-    list that says of each of ``differentiable`` whether its gradient is needed. Returns a tuple of those gradients (see
-    ``unpack``); None, or any tensor, in the place of one that is not needed."""
+    backward: Callable[..., Any] | None = None
+    """None where the operator works in place. Called with the gradients of the differentiable outputs, the arguments,
+    the outputs that ``saved`` names, and a list that says of each of ``differentiable`` whether its gradient is needed.
+    Returns a tuple of those gradients (see ``unpack``); None, or any tensor, in the place of one that is not needed."""
     differentiable: tuple[int, ...] = ()
     """Positions of the arguments that have gradients."""
     saved: tuple[int, ...] = ()

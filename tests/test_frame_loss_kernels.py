@@ -5,6 +5,8 @@ On a machine without a GPU they run under Triton's interpreter, which conftest.p
 
 from __future__ import annotations
 
+from functools import partial
+
 import operators as formulas
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from trgnet.kernels import BackendError, boundary_loss, class_loss, frame_loss, frame_similarity, operator
+from trgnet.kernels.frame_tiles import PROGRAMS, split
 from trgnet.kernels.launch import Target, record_launches
 
 pytest.importorskip("triton")
@@ -144,11 +147,11 @@ def test_long_sequences():
     assert_as_the_reference("boundary_loss", boundary_arguments(1, 20_000), 1e-5)
 
 
-@pytest.mark.parametrize("enough", [frame_loss.ENOUGH_PROGRAMS, 6])
-def test_parts_of_sequences(enough: int, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("programs", [PROGRAMS, 6])
+def test_parts_of_sequences(programs: int, monkeypatch: pytest.MonkeyPatch):
     """More parts than are read at once; or few, which have several tiles, the last one fewer."""
-    monkeypatch.setattr(frame_loss, "ENOUGH_PROGRAMS", enough)
-    assert frame_loss._parts(2, 22) == ((22, 1) if enough > 6 else (3, 8))
+    monkeypatch.setattr(frame_loss, "split", partial(split, programs=programs))
+    assert frame_loss.split(torch.empty(2, 1, 22 * 32), 32) == ((22, 1) if programs > 6 else (3, 8))
     assert_as_the_reference("class_loss", class_arguments(2, 52, 700), 5e-6)
     assert_as_the_reference("boundary_loss", boundary_arguments(2, 7_001), 5e-6)
 

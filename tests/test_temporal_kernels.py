@@ -73,7 +73,7 @@ def test_dilations(t: int, dilation: int):
     compare("dilated_residual", args)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [*LAYERS, "attention_layer"])
 @pytest.mark.parametrize("target", [Target("cuda", 80), Target("cuda", 90), Target("hip", "gfx942")], ids=str)
 @pytest.mark.parametrize("precision", ["highest", "high"])
 def test_every_form_of_the_passes(name: str, target: Target, precision: str, monkeypatch: pytest.MonkeyPatch):
@@ -141,3 +141,62 @@ def test_other_widths_go_to_the_reference(name: str, features: int):
     assert operator(name).choose(args, None) == "reference"
     with pytest.raises(BackendError, match=f"{features} features; the kernels need a multiple of 8 up to 64"):
         operator(name)(*args, backend="triton")
+
+
+def attention_arguments(*size: int, dtype: torch.dtype = torch.float32, source: bool = True) -> list:
+    """Without dropout, in the decoder or the encoder form."""
+    args = layer_arguments("attention_layer", *size, dtype=dtype)
+    args[2] = args[2] if source else None
+    args[-2:] = 0.0, 0.0
+    return args
+
+
+def test_encoder_form_of_the_attention_layer():
+    args = layer_arguments("attention_layer", 3, 45, 1, 24)
+    args[2], args[15] = None, 3
+    compare("attention_layer", args)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("reference", torch.float64), ("triton", torch.float32)],
+    ids=("reference", "triton"),
+)
+def test_gradients_through_the_normaliser(backend: str, dtype: torch.dtype):
+    """Of values that do not change over time every average is the same: queries and keys have no say in it.
+
+    What reaches them through the weighted sum is then what reaches them through the normaliser, with the other sign.
+    """
+    args = attention_arguments(2, 40, 1, 16, dtype=dtype)
+    args[2] = args[2].detach()[..., :1].expand(-1, -1, 40).contiguous()
+    out = operator("attention_layer")(*args, backend=backend)
+    weights = torch.linspace(-1, 1, out.numel(), device=DEVICE, dtype=dtype).view(out.shape)
+    of_values, *of_both = torch.autograd.grad(out, (args[7], args[5], args[6]), weights)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-6  # the 1e-6 beside the sum of keys
+    assert of_values.norm() > 1
+    assert all(gradient.norm() < tolerance * of_values.norm() for gradient in of_both)
+    # Where values do change, they have.
+    args = attention_arguments(2, 40, 1, 16, dtype=dtype)
+    out = operator("attention_layer")(*args, backend=backend)
+    assert all(gradient.norm() > 1 for gradient in torch.autograd.grad(out, (args[5], args[6]), weights))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_channels_without_variance_leave_padded_frames_harmless(dtype: torch.dtype):
+    """Of one real frame the variance is 0: the norm multiplies what is on padded frames by 316."""
+    args = attention_arguments(1, 32, 1, 16, dtype=dtype, source=False)
+    args[1] = torch.arange(32, device=DEVICE).view(1, 1, -1) < 1
+    args[0] = (args[0].detach() * args[1]).requires_grad_()
+    args[3] = (100 * args[3].detach()).requires_grad_()
+    for backend in ("triton", "reference"):
+        out = operator("attention_layer")(*args, backend=backend)
+        wanted = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+        assert all(a.isfinite().all() for a in (out, *torch.autograd.grad(out.float().sum(), wanted)))
+
+
+def test_parameters_and_inputs_of_other_dtypes():
+    args = attention_arguments(2, 16, 1, 8)
+    mixed = [a.detach().half() if i in (2, 7, 9) else a for i, a in enumerate(args)]
+    got, expected = (operator("attention_layer")(*a, backend="triton") for a in (mixed, args))
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)

@@ -292,7 +292,7 @@ class TemporalModule(nn.Module):
         """Multiply out the linear maps of every fusion layer before its GELU: weights of the inputs, bias.
 
         expand(mix([s; spatial(g)])) = A s + B g + b with A (L, F, F), B (L, F, group width), b (L, F) for L fusion layers:
-        small products, in one launch for all layers.
+        small products, each in one launch for all layers.
         """
         if not self.fusion:
             weight, bias = (parameter.new_empty(0, *parameter.shape) for parameter in self.seed.parameters())

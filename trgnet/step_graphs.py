@@ -12,6 +12,7 @@ dropout's random numbers are read from the device, so they are others in every r
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from .config import TrainConfig
 from .data import Batch
-from .errors import UserError
+from .errors import DataWarning, UserError
 from .processes import Processes
 
 Terms = dict[str, Tensor]
@@ -48,6 +49,7 @@ class StepGraphs:
         self.device = device
         self._step, self._capture = step, capture or CudaCapture(device)
         self._seen: set[tuple[int, ...]] = set()
+        self._told = False
         self._graphs: dict[tuple[int, ...], tuple[Batch, Callable[[], Terms]]] = {}
 
     def __call__(self, batch: Batch) -> Terms:
@@ -59,6 +61,14 @@ class StepGraphs:
             return replay()
         batch = batch.to(self.device, non_blocking=True)
         if size not in self._seen or len(self._graphs) == MOST_GRAPHS:
+            if size in self._seen and not self._told:
+                self._told = True
+                warnings.warn(
+                    f"there are more than {MOST_GRAPHS} sizes of batches: those that came later are trained on without a "
+                    "CUDA graph; train.length_sorted=true or a larger train.pad_multiple makes them fewer",
+                    DataWarning,
+                    stacklevel=2,
+                )
             self._seen.add(size)
             return self._step(batch)
         replay = self._capture(lambda: self._step(batch))
