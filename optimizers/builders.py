@@ -32,7 +32,8 @@ def build_optimizer(
     momentum: float = 0.9,
     momenta: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
-    alpha: float | tuple[float, float] = 0.5,
+    alpha: float = 0.5,
+    alphas: tuple[float, float] | None = None,
     average: str = "epoch",
     gate: str = "next",
     window: int = 100,
@@ -57,7 +58,8 @@ def build_optimizer(
         momentum: momentum of SGD.
         momenta: those of LCAM, and first decay rates of GatedSMES: where the loss is below its average, and otherwise.
         eps: added to the denominator of Adam, AdamW, SMES and GatedSMES.
-        alpha: exponent of SMES and GatedSMES; for the latter it may be a pair as `momenta`.
+        alpha: exponent of SMES and GatedSMES.
+        alphas: two exponents of GatedSMES, chosen as `momenta` are; None: `alpha` for both.
         average, gate, window, smoothing: how the loss decides, in LCAM and GatedSMES.
         capturable: whether steps may be recorded in a CUDA graph, on a GPU. The result is the same. Those of this
             package's optimizers always may.
@@ -78,7 +80,7 @@ def build_optimizer(
         options = {
             "lcam": gated,
             "smes": {"betas": betas, "eps": eps, "alpha": alpha},
-            "gated_smes": {**gated, "beta2": betas[1], "eps": eps, "alpha": alpha},
+            "gated_smes": {**gated, "beta2": betas[1], "eps": eps, "alpha": alphas or alpha},
         }[name]
         return _moment_optimizer(params, name, lr, on_gpu, weight_decay=weight_decay, **options)
     fused = {"fused": True} if on_gpu else {}

@@ -145,24 +145,21 @@ class OptimizerConfig(Section):
     eps: float = Field(
         1e-8, ge=0.0, description="Added to the denominator of adam, adamw, smes and gated_smes."
     )
-    alpha: Exponent | tuple[Exponent, Exponent] = Field(
+    alpha: Exponent = Field(
         0.5,
-        description="Exponent of the second moment in smes and gated_smes; for the latter one, or two as momenta. "
-        "Each wants a learning rate of its own.",
+        description="Exponent of the second moment in smes and gated_smes: 0.5 is Adam's. Each wants a learning rate "
+        "of its own.",
+    )
+    alphas: tuple[Exponent, Exponent] | None = Field(
+        None, description="Two exponents of gated_smes, chosen as momenta are; null: alpha for both."
     )
 
     @property
-    def has_exponent(self) -> bool:
-        """Whether `alpha` is of use."""
-        return self.name in ("smes", "gated_smes")
-
-    @model_validator(mode="after")
-    def _pair_is_gated(self) -> OptimizerConfig:
-        if self.name == "smes" and isinstance(self.alpha, tuple):
-            raise ValueError(
-                f"alpha is one exponent for smes, got {list(self.alpha)}; two are for gated_smes"
-            )
-        return self
+    def exponent(self) -> float | tuple[float, float] | None:
+        """The exponent, or one for each phase; None where the optimizer has none."""
+        if self.name == "gated_smes" and self.alphas is not None:
+            return self.alphas
+        return self.alpha if self.name in ("smes", "gated_smes") else None
 
 
 class ExponentConfig(Section):
@@ -269,14 +266,14 @@ class Config(Section):
     def _exponent_can_change(self) -> Config:
         if self.exponent.name == "constant":
             return self
-        if not self.optimizer.has_exponent:
+        if self.optimizer.exponent is None:
             raise ValueError(
                 f"exponent.name={self.exponent.name} is for optimizer.name=smes or gated_smes, "
                 f"and here it is {self.optimizer.name}"
             )
-        if isinstance(self.optimizer.alpha, tuple):
+        if isinstance(self.optimizer.exponent, tuple):
             raise ValueError(
-                f"exponent.name={self.exponent.name} goes on from one optimizer.alpha, not from two"
+                f"exponent.name={self.exponent.name} starts from optimizer.alpha; set optimizer.alphas=null"
             )
         return self
 

@@ -801,13 +801,13 @@ class Trainer:
         )
 
     def _exponent(self) -> ExponentSchedule | None:
-        if not self.config.optimizer.has_exponent:
-            return None
         settings, per_epoch = self.config.exponent, self.steps_per_epoch
+        if self.config.optimizer.exponent is None:
+            return None
         return build_exponent_schedule(
             self.optimizer,
             name=settings.name,
-            alpha=self.config.optimizer.alpha,
+            alpha=self.config.optimizer.exponent,
             steps=self.config.train.epochs * per_epoch,
             final=settings.final,
             period=settings.period_epochs * per_epoch,
