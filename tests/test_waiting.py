@@ -43,7 +43,7 @@ def train_an_epoch(trainer: Trainer) -> None:
         (False, ("optimizer.name=sgd", "train.precision=fp16", "train.clip_norm=1")),
         (True, ("optimizer.name=adam", "train.precision=fp16", "schedule.name=cosine")),
         (True, ("loss.class_weights=median_frequency", "train.checkpoint_minutes=0")),
-        (False, ("optimizer.name=lcam", "train.accumulate=2", "schedule.name=cosine")),
+        (False, ("optimizer.name=lcam", "train.accumulate=2", "optimizer.average=window")),
         (True, ("optimizer.name=smes", "train.precision=fp16", "exponent.name=linear")),
         (
             True,
@@ -74,7 +74,7 @@ def test_no_step_of_an_epoch_waits(
     [
         ("train.precision=fp32",),
         ("train.precision=fp16",),
-        ("optimizer.name=lcam",),
+        ("optimizer.name=lcam", "optimizer.average=window"),
         ("optimizer.name=gated_smes", "exponent.name=cyclic"),
     ],
 )
