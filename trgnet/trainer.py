@@ -44,8 +44,10 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from trgnet.optimizers import (
+    LCAM,
     SCHEDULES_OF_ALL_STEPS,
     ExponentSchedule,
+    GatedSMES,
     build_exponent_schedule,
     build_optimizer,
     build_schedule,
@@ -245,7 +247,7 @@ class Trainer:
         )
         self.steps_per_epoch = math.ceil(len(self.batches) / settings.accumulate)
         self.schedule, self.exponent = self._schedule(), self._exponent()
-        self.gated = hasattr(self.optimizer, "observe")  # the loss decides on how it steps
+        self.gated = isinstance(self.optimizer, (LCAM, GatedSMES))  # the loss decides on how it steps
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self.graphs = StepGraphs(self._whole_step, self.device) if settings.cuda_graph else None
 
