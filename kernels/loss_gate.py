@@ -71,7 +71,7 @@ def observed(
     after = history
     if average == "window":
         size = history.numel()
-        oldest = history[place.long()]
+        oldest = history.gather(0, place.long()[None])[0]  # an index of one element would be read by the host
         change = torch.where(count < size, change, (loss - oldest) / size)
         is_place = torch.arange(size, device=history.device) == place
         after = torch.where(torch.isfinite(loss) & is_place, loss, history)

@@ -816,10 +816,9 @@ class MomentTable:
     def _on_device(self, numbers: list[int]) -> Tensor:
         # Pinned memory comes from PyTorch's cache, which hands it out again only once the copy is done; a graph that the
         # copy is captured into does it again at every replay.
-        pinned = self.device.type == "cuda"
-        host = torch.tensor(numbers, dtype=torch.int64, pin_memory=pinned)
+        host = torch.tensor(numbers, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         self.hosts.append(host)
-        return host.to(self.device, non_blocking=pinned)
+        return host.to(self.device, non_blocking=True)
 
     def launch(
         self,

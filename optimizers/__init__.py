@@ -1,9 +1,11 @@
 """Optimizers and learning-rate schedules, some built by name from plain numbers."""
 
 from .builders import (
+    EXPONENT_SCHEDULES,
     OPTIMIZERS,
     SCHEDULES,
     SCHEDULES_OF_ALL_STEPS,
+    build_exponent_schedule,
     build_optimizer,
     build_schedule,
     learning_rates,
@@ -15,6 +17,7 @@ from .lcam import LCAM
 from .smes import SMES, GatedSMES
 
 __all__ = [
+    "EXPONENT_SCHEDULES",
     "LCAM",
     "OPTIMIZERS",
     "SCHEDULES",
@@ -22,6 +25,7 @@ __all__ = [
     "SMES",
     "ExponentSchedule",
     "GatedSMES",
+    "build_exponent_schedule",
     "build_optimizer",
     "build_schedule",
     "learning_rates",

@@ -9,11 +9,17 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
+from trgnet.kernels.moment_update import fused_obstacle
 
-OPTIMIZERS: tuple[str, ...] = ("adam", "adamw", "sgd")
+from .exponent import ExponentSchedule
+from .lcam import LCAM
+from .smes import SMES, GatedSMES
+
+OPTIMIZERS: tuple[str, ...] = ("adam", "adamw", "sgd", "lcam", "smes", "gated_smes")
 SCHEDULES: tuple[str, ...] = ("constant", "cosine", "linear", "step")
 SCHEDULES_OF_ALL_STEPS: tuple[str, ...] = ("cosine", "linear")
 """Those under which another number of steps in all is another learning rate at every step."""
+EXPONENT_SCHEDULES: tuple[str, ...] = ("constant", "linear", "cosine", "cyclic")
 
 
 def build_optimizer(
@@ -24,28 +30,59 @@ def build_optimizer(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     momentum: float = 0.9,
+    momenta: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    alpha: float = 0.5,
+    alphas: tuple[float, float] | None = None,
+    average: str = "epoch",
+    gate: str = "next",
+    window: int = 100,
+    smoothing: float = 0.98,
     capturable: bool = False,
 ) -> torch.optim.Optimizer:
-    """Build an optimizer of ``torch.optim``.
+    """Build an optimizer of ``torch.optim`` or of this package.
 
-    On a GPU its step is fused and waits for nothing: the learning rate is a tensor there, which a
-    schedule fills in place, and a step with gradients that overflowed in float16 is skipped on the device.
+    What an optimizer has no use for is ignored. On a GPU its step is fused and waits for nothing: the learning rate is a tensor there, which a
+    schedule fills in place, and a step with gradients that overflowed in float16 is skipped on the device. Those of this package
+    need Triton for that; without it they work on lists of tensors, and in float16 torch's GradScaler waits for the
+    device before each of their steps.
 
     Args:
         params: parameters or, as every optimizer of torch takes them, groups of lists of them.
-        name: ``"adam"`` (weight decay is an L2 term of the gradient), ``"adamw"`` (decoupled weight decay)
-            or ``"sgd"`` (with momentum, L2).
+        name: ``"adam"`` (weight decay is an L2 term of the gradient), ``"adamw"`` (decoupled weight decay),
+            ``"sgd"`` (with momentum, L2), ``"lcam"``, ``"smes"`` or ``"gated_smes"`` (:class:`~trgnet.optimizers.LCAM`,
+            :class:`~trgnet.optimizers.SMES`, :class:`~trgnet.optimizers.GatedSMES`; L2).
         lr: learning rate, per step.
         weight_decay: 0 by default, and honoured when set, by each of them.
-        betas: decay rates of Adam's and AdamW's two moving averages; SGD has no use for them.
-        momentum: momentum of SGD; Adam and AdamW have no use for it.
-        capturable: whether steps may be recorded in a CUDA graph, on a GPU. The result is the same.
+        betas: decay rates of the two moving averages of Adam, AdamW and SMES; GatedSMES takes the second.
+        momentum: momentum of SGD.
+        momenta: those of LCAM, and first decay rates of GatedSMES: where the loss is below its average, and otherwise.
+        eps: added to the denominator of Adam, AdamW, SMES and GatedSMES.
+        alpha: exponent of SMES and GatedSMES.
+        alphas: two exponents of GatedSMES, chosen as `momenta` are; None: `alpha` for both.
+        average, gate, window, smoothing: how the loss decides, in LCAM and GatedSMES.
+        capturable: whether steps may be recorded in a CUDA graph, on a GPU. The result is the same. Those of this
+            package's optimizers always may.
 
     Raises:
         ValueError: for an unknown name, and by torch for numbers outside an optimizer's range.
     """
     params = list(params)
     on_gpu = _on_gpu(params)
+    if name in ("lcam", "smes", "gated_smes"):
+        gated = {
+            "momenta": momenta,
+            "average": average,
+            "gate": gate,
+            "window": window,
+            "smoothing": smoothing,
+        }
+        options = {
+            "lcam": gated,
+            "smes": {"betas": betas, "eps": eps, "alpha": alpha},
+            "gated_smes": {**gated, "beta2": betas[1], "eps": eps, "alpha": alphas or alpha},
+        }[name]
+        return _moment_optimizer(params, name, lr, on_gpu, weight_decay=weight_decay, **options)
     fused = {"fused": True} if on_gpu else {}
     if name == "sgd":
         optimizer = torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, **fused)
@@ -53,7 +90,7 @@ def build_optimizer(
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
         capturable = capturable and on_gpu
         optimizer = kind(
-            params, lr=lr, betas=betas, weight_decay=weight_decay, capturable=capturable, **fused
+            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, capturable=capturable, **fused
         )
         optimizer._warned_capturable_if_run_uncaptured = True  # steps of either kind are meant
     else:
@@ -63,9 +100,30 @@ def build_optimizer(
     return optimizer
 
 
-def _on_gpu(params: Sequence[torch.Tensor] | Sequence[dict[str, Any]]) -> bool:
+def _moment_optimizer(
+    params: Sequence[torch.Tensor] | Sequence[dict[str, Any]],
+    name: str,
+    lr: float,
+    on_gpu: bool,
+    **options: Any,
+) -> torch.optim.Optimizer:
+    kind = {"lcam": LCAM, "smes": SMES, "gated_smes": GatedSMES}[name]
+    if not on_gpu:
+        return kind(params, lr=lr, **options)
+    groups = params if isinstance(params[0], dict) else [{"params": params}]
+    # A schedule computes with the number that it finds under "initial_lr"; "lr" becomes a tensor.
+    groups = [{"initial_lr": group.get("lr", lr), **group} for group in groups]
+    fused = fused_obstacle(_tensors(params)) is None
+    return kind(groups, lr=lr, capturable=True, fused=fused, foreach=not fused, **options)
+
+
+def _tensors(params: Sequence[torch.Tensor] | Sequence[dict[str, Any]]) -> list[torch.Tensor]:
     groups = [entry["params"] if isinstance(entry, dict) else [entry] for entry in params]
-    return all(param.is_cuda for group in groups for param in group)
+    return [param for group in groups for param in group]
+
+
+def _on_gpu(params: Sequence[torch.Tensor] | Sequence[dict[str, Any]]) -> bool:
+    return all(param.is_cuda for param in _tensors(params))
 
 
 def _keep_on_gpu(optimizer: torch.optim.Optimizer) -> None:
@@ -128,6 +186,42 @@ def build_schedule(
         return (step + 1) / (warmup_steps + 1) if step < warmup_steps else after_warmup(step)
 
     return LambdaLR(optimizer, factor)
+
+
+def build_exponent_schedule(
+    optimizer: torch.optim.Optimizer,
+    *,
+    name: str,
+    alpha: float | tuple[float, float],
+    steps: int,
+    final: float = 0.5,
+    period: int = 1,
+) -> ExponentSchedule:
+    """Build a schedule of SMES's exponent that is stepped once after every optimizer step.
+
+    Args:
+        optimizer: one whose groups have an ``alpha``.
+        name: one of :data:`EXPONENT_SCHEDULES`: always `alpha`; from `alpha` to `final` along a line, or along half a
+            cosine; from `alpha` to `final` and back along a cosine, again and again.
+        alpha: the exponent of the first step; a pair (for GatedSMES) can only be constant.
+        steps: optimizer steps of the whole training, at least 1. Past them "linear" and "cosine" stay at `final`.
+        final: the other exponent.
+        period: steps from `alpha` to `final` and back in "cyclic", at least 1.
+
+    Raises:
+        ValueError: for an unknown name, numbers out of range, a pair that is to change, or an optimizer without exponent.
+    """
+    if name == "constant":
+        return ExponentSchedule.constant(optimizer, alpha)
+    if isinstance(alpha, (tuple, list)):
+        raise ValueError(f"a pair of exponents can only be constant, got {alpha} for a {name!r} schedule")
+    if name == "linear":
+        return ExponentSchedule.linear(optimizer, alpha, final, steps)
+    if name == "cosine":
+        return ExponentSchedule.cosine(optimizer, alpha, final, steps)
+    if name == "cyclic":
+        return ExponentSchedule.cyclic(optimizer, alpha, final, period)
+    raise ValueError(_unknown("exponent schedule", name, EXPONENT_SCHEDULES))
 
 
 def learning_rates(schedule: LambdaLR) -> list[float]:

@@ -134,6 +134,10 @@ class ExponentSchedule:
         for group, function in zip(self.optimizer.param_groups, self.functions):
             _set_alpha(group, function(self.last_epoch))
 
+    def exponents(self) -> list[Any]:
+        """The exponents of the next step, by group, as the functions give them; read from no device."""
+        return [function(self.last_epoch) for function in self.functions]
+
     def get_last_alpha(self) -> list[Any]:
         """The exponents of the groups as they are in force."""
         return [group["alpha"] for group in self.optimizer.param_groups]

@@ -95,6 +95,7 @@ class MomentOptimizer(torch.optim.Optimizer):
         self._known_rows: list[list[float | None]] = []
         self._live: list[Tensor] = []
         self._table: MomentTable | None = None
+        self._captured: list[MomentTable] = []
         self._signature: list[Any] = []
         self._observed: list[Tensor] = []
         self._plain = False
@@ -452,6 +453,10 @@ class MomentOptimizer(torch.optim.Optimizer):
                 raise RuntimeError(f"`fused=True` cannot do this step: {reason}")
             self._table = MomentTable(moments, [e.group for e in entries], [e.index for e in entries])
             self._signature = signature
+            if (
+                capturing()
+            ):  # replays copy it again from the host's memory, and others may have been captured with it
+                self._captured.append(self._table)
         return self._table
 
     def _refresh_rows(self, device: torch.device) -> None:
@@ -678,8 +683,13 @@ class GatedOptimizer(MomentOptimizer):
     @property
     def phase_shares(self) -> Tensor:
         """Shares of the steps so far that were in phase 0 and 1, a tensor (2,) on the device; zeros before the first."""
-        steps = self._control[LOW_STEPS : HIGH_STEPS + 1]
+        steps = self.phase_steps
         return steps / steps.sum().clamp(min=1)
+
+    @property
+    def phase_steps(self) -> Tensor:
+        """The steps so far in phase 0 and 1, a tensor (2,) on the device. Later steps do not change it."""
+        return self._control[LOW_STEPS : HIGH_STEPS + 1].clone()
 
 
 def capturing() -> bool:

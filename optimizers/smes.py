@@ -74,6 +74,11 @@ class SMES(MomentOptimizer):
         }  # fmt: skip
         super().__init__(params, defaults, state_dtype=state_dtype, rounding=rounding)
 
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if isinstance(group["alpha"], (tuple, list)):
+            raise ValueError(f"Invalid alpha value: {group['alpha']}; a pair is for GatedSMES")
+
 
 class GatedSMES(GatedOptimizer):
     """SMES whose first decay rate and exponent the loss chooses, as in LCAM. Both are special cases of it.

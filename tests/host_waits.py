@@ -121,6 +121,8 @@ def pretended_gpu(triton: bool = False) -> Iterator[None]:
         patch.setattr(Trainer, "_autocast", lambda self: nullcontext())  # it knows no meta device
         patch.setattr(builders, "_on_gpu", lambda params: True)
         patch.setattr(Operator, "choose", choose)
+        if not triton:
+            patch.setattr(builders, "fused_obstacle", lambda tensors: "Triton is not installed")
         for name in ("adam", "sgd"):
             module = sys.modules[f"torch.optim.{name}"]
             patch.setattr(module, "_device_dtype_check_for_fused", lambda parameter: None)

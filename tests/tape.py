@@ -67,7 +67,7 @@ class _Recorder(TorchDispatchMode):
 
     def undo(self) -> None:
         with torch.no_grad():
-            for tensor, value in self._before.values():
+            for tensor, value in reversed(self._before.values()):  # several may be views of one
                 tensor.copy_(value)
 
     def repeat(self) -> None:

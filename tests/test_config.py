@@ -5,8 +5,18 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
+from trgnet.optimizers import EXPONENT_SCHEDULES, OPTIMIZERS, SCHEDULES
 
-from trgnet.config import Config, built_in_configs, differing_keys, load_config, save_config
+from trgnet.config import (
+    Config,
+    ExponentConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    built_in_configs,
+    differing_keys,
+    load_config,
+    save_config,
+)
 from trgnet.errors import UserError
 
 
@@ -123,7 +133,21 @@ def test_differing_keys():
         ("train.epochs.x=3", "train.epochs: input should be a valid integer"),
         ("optimizer.lr=-1", "optimizer.lr: input should be greater than 0, got -1"),
         ("optimizer.lr=.nan", "optimizer.lr: input should be a finite number, got nan"),
-        ("optimizer.name=adamm", "optimizer.name: input should be 'adam', 'adamw' or 'sgd', got 'adamm'"),
+        (
+            "optimizer.name=lcm",
+            "optimizer.name: input should be 'adam', 'adamw', 'sgd', 'lcam', 'smes' or 'gated_smes', got 'lcm'",
+        ),
+        ("optimizer.momentas=1", "unknown key 'optimizer.momentas'; did you mean 'optimizer.momenta'?"),
+        ("optimizer.momenta=[0.9, 1.0]", "optimizer.momenta.1: input should be less than 1, got 1.0"),
+        ("optimizer.alpha=5", "optimizer.alpha: input should be less than or equal to 4, got 5"),
+        (
+            "optimizer.alphas=[0, -5]",
+            "optimizer.alphas.1: input should be greater than or equal to -4, got -5",
+        ),
+        (
+            "exponent.name=cosine",
+            "exponent.name=cosine is for optimizer.name=smes or gated_smes, and here it is adam",
+        ),
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1: input should be less than 1, got 1.0"),
         ("augment.rotation=0.9", "augment: occlusion + rotation must be at most 1, got 1.25"),
         ("model.heads=5", "model: heads (5) must divide features (64)"),
@@ -136,6 +160,21 @@ def test_faults_are_one_line_that_names_the_key(override, message):
         load_config("mocap6", [override])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_an_exponent_that_changes_starts_from_one():
+    settings = ["optimizer.name=gated_smes", "optimizer.alphas=[0.5, 0.25]"]
+    assert load_config(None, settings).optimizer.exponent == (0.5, 0.25)
+    with pytest.raises(
+        UserError, match="exponent.name=linear starts from optimizer.alpha; set optimizer.alphas"
+    ):
+        load_config(None, [*settings, "exponent.name=linear"])
+
+
+def test_names_are_those_of_the_builders():
+    assert OptimizerConfig.model_fields["name"].annotation.__args__ == OPTIMIZERS
+    assert ExponentConfig.model_fields["name"].annotation.__args__ == EXPONENT_SCHEDULES
+    assert ScheduleConfig.model_fields["name"].annotation.__args__ == SCHEDULES
 
 
 def test_faults_are_blamed_on_what_set_the_value(tmp_path: Path):

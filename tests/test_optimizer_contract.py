@@ -245,6 +245,25 @@ def test_captures_that_would_go_wrong_are_refused(make: Callable, monkeypatch: p
 
 
 @each_class
+@each_path("live fused")
+def test_tables_of_captured_steps_stay(path: dict, make: Callable, monkeypatch: pytest.MonkeyPatch):
+    """Replays read them, also when a later capture has others."""
+    params = parameters()
+    optimizer = make(params, **path)
+    give_gradients(params, 0)
+    optimizer.step()
+    assert optimizer._captured == []
+    monkeypatch.setattr(moments, "capturing", lambda: True)
+    tables, kept = [], []
+    for seed in range(2):
+        kept += [p.grad for p in params]  # so that the next ones are elsewhere
+        give_gradients(params, seed)
+        optimizer.step()
+        tables.append(optimizer._table)
+    assert tables[0] is not tables[1] and optimizer._captured == tables
+
+
+@each_class
 @each_path("loop", "lists", "fused", "live fused")
 def test_learning_rate_schedules(path: dict, make: Callable):
     """Also of a tensor learning rate, which is filled in place."""

@@ -8,8 +8,12 @@ import torch
 from allocations import PoisonedMemory
 from torch.optim.lr_scheduler import LambdaLR
 from trgnet.optimizers import (
+    LCAM,
     OPTIMIZERS,
     SCHEDULES,
+    SMES,
+    GatedSMES,
+    build_exponent_schedule,
     build_optimizer,
     build_schedule,
     builders,
@@ -17,6 +21,8 @@ from trgnet.optimizers import (
     load_training_state,
     training_state,
 )
+
+GATE = {"average": "window", "gate": "same", "window": 2, "smoothing": 0.5}
 
 
 def parameters() -> list[torch.nn.Parameter]:
@@ -32,7 +38,10 @@ def step(
 ) -> list[torch.Tensor]:
     for _ in range(times):
         optimizer.zero_grad()
-        sum((p.sin() * p).sum() for p in params).backward()
+        loss = sum((p.sin() * p).sum() for p in params)
+        loss.backward()
+        if hasattr(optimizer, "observe"):
+            optimizer.observe(loss)
         optimizer.step()
     return [p.detach().clone() for p in params]
 
@@ -41,16 +50,25 @@ def step(
 @pytest.mark.parametrize(
     ("name", "theirs"),
     [
-        ("adam", lambda p, wd: torch.optim.Adam(p, lr=0.1, betas=(0.8, 0.95), weight_decay=wd)),
-        ("adamw", lambda p, wd: torch.optim.AdamW(p, lr=0.1, betas=(0.8, 0.95), weight_decay=wd)),
+        ("adam", lambda p, wd: torch.optim.Adam(p, lr=0.1, betas=(0.8, 0.95), eps=0.1, weight_decay=wd)),
+        ("adamw", lambda p, wd: torch.optim.AdamW(p, lr=0.1, betas=(0.8, 0.95), eps=0.1, weight_decay=wd)),
         ("sgd", lambda p, wd: torch.optim.SGD(p, lr=0.1, momentum=0.7, weight_decay=wd)),
+        ("lcam", lambda p, wd: LCAM(p, lr=0.1, momenta=(0.7, 0.8), weight_decay=wd, **GATE)),
+        ("smes", lambda p, wd: SMES(p, lr=0.1, betas=(0.8, 0.95), eps=0.1, alpha=0.3, weight_decay=wd)),
+        (
+            "gated_smes",
+            lambda p, wd: GatedSMES(
+                p, lr=0.1, momenta=(0.7, 0.8), beta2=0.95, eps=0.1, alpha=(0.2, 0.4), weight_decay=wd, **GATE
+            ),
+        ),
     ],
 )
-def test_optimizer_is_torchs_with_every_setting_passed_on(name, theirs, weight_decay):
+def test_optimizer_is_as_named_with_every_setting_passed_on(name, theirs, weight_decay):
     ours_params, their_params = parameters(), parameters()
     ours = build_optimizer(
-        ours_params, name=name, lr=0.1, weight_decay=weight_decay, betas=(0.8, 0.95), momentum=0.7
-    )
+        ours_params, name=name, lr=0.1, weight_decay=weight_decay, betas=(0.8, 0.95), momentum=0.7,
+        momenta=(0.7, 0.8), eps=0.1, alpha=0.3, alphas=(0.2, 0.4), **GATE,
+    )  # fmt: skip
     for got, expected in zip(
         step(ours_params, ours), step(their_params, theirs(their_params, weight_decay)), strict=True
     ):
@@ -86,6 +104,38 @@ def rates(name: str, steps: int, **options) -> list[float]:
         step(params, optimizer, times=1)
         schedule.step()
     return used
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("constant", [0.4] * 5),
+        ("linear", [0.4, 0.5, 0.6, 0.7, 0.8]),
+        ("cosine", [0.4, 0.6 - 0.2 * math.sqrt(0.5), 0.6, 0.6 + 0.2 * math.sqrt(0.5), 0.8]),
+        ("cyclic", [0.4, 0.8, 0.4, 0.8, 0.4]),
+    ],
+)
+def test_schedules_of_the_exponent(name: str, expected: list[float]):
+    optimizer = build_optimizer(parameters(), name="smes", lr=0.1, alpha=9.0)
+    schedule = build_exponent_schedule(optimizer, name=name, alpha=0.4, final=0.8, steps=4, period=2)
+    used = []
+    for _ in expected:
+        used.append(optimizer.param_groups[0]["alpha"])
+        assert schedule.exponents() == used[-1:]
+        schedule.step()
+    assert used == pytest.approx(expected)
+
+
+def test_exponents_that_cannot_be_scheduled_are_refused():
+    smes, lcam = (build_optimizer(parameters(), name=name, lr=0.1) for name in ("smes", "lcam"))
+    with pytest.raises(ValueError, match="unknown exponent schedule 'cosin'.*did you mean 'cosine'"):
+        build_exponent_schedule(smes, name="cosin", alpha=0.5, steps=3)
+    with pytest.raises(ValueError, match="a pair of exponents can only be constant"):
+        build_exponent_schedule(smes, name="linear", alpha=(0.5, 0.4), steps=3)
+    with pytest.raises(ValueError, match="LCAM has no exponent"):
+        build_exponent_schedule(lcam, name="constant", alpha=0.5, steps=3)
+    with pytest.raises(ValueError, match=r"Invalid alpha value: \(0.5, 0.4\); a pair is for GatedSMES"):
+        SMES(parameters(), alpha=(0.5, 0.4))
 
 
 def test_constant():

@@ -117,6 +117,8 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     monkeypatch.setattr(step_graphs, "CudaCapture", tape)
     monkeypatch.setattr(trainer_module, "check_graphs", lambda *_: None)
     monkeypatch.setattr(builders, "_on_gpu", lambda params: True)
+    # A tape has operations of PyTorch, and no kernels.
+    monkeypatch.setattr(builders, "fused_obstacle", lambda tensors: "Triton is not installed")
     return made
 
 
@@ -130,6 +132,13 @@ def train_without_graphs(config, out: Path, silent: Console) -> None:
 OPTIMIZERS = {
     "adam": ("optimizer.name=adam", "schedule.name=cosine", "schedule.warmup_epochs=1", "train.clip_norm=1"),
     "sgd": ("optimizer.name=sgd", "optimizer.weight_decay=0.1", "schedule.name=linear"),
+    "lcam": ("optimizer.name=lcam", "optimizer.average=window", "optimizer.window=3", "schedule.name=linear"),
+    "gated_smes": (
+        "optimizer.name=gated_smes",
+        "exponent.name=cosine",
+        "exponent.final=0.3",
+        "train.clip_norm=1",
+    ),
 }
 
 

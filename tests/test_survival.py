@@ -335,7 +335,7 @@ def test_length_sorted_batches_hold_similar_lengths_in_random_order():
 
 EQUAL = (
     "model.channel_dropout=0", "model.fusion_dropout=0", "model.attention_dropout=0", "model.output_dropout=0",
-    "loss.absolute=0", "loss.relative=0", "optimizer.name=sgd", "train.batch_size=4", "train.epochs=2",
+    "loss.absolute=0", "loss.relative=0", "optimizer.name=lcam", "train.batch_size=4", "train.epochs=2",
     "data.test=[s2_r0, s2_r1]",
 )  # fmt: skip
 """Under these, and recordings of one length, the mean over processes is the mean over the batch."""
@@ -361,6 +361,11 @@ def test_two_processes_train_what_one_does(tmp_path, tiny, tiny_overrides, silen
     assert any(not torch.allclose(start[name], tensor, rtol=1e-2) for name, tensor in one.items())
     losses = [[record["loss/total"] for record in log_of(tmp_path / name)] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    gates = [
+        Run(tmp_path / name).checkpoint()["optimizer"]["param_groups"][0]["loss_gate"]
+        for name in ("one", "two")
+    ]
+    torch.testing.assert_close(*gates, rtol=1e-5, atol=1e-6)  # decided by everybody's loss
 
 
 def test_two_processes_resume_exactly_and_not_as_one(tmp_path, tiny_overrides, silent):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from trgnet.kernels.loss_gate import AVERAGE, COUNT, HIGH_STEPS, LOW_STEPS, REST
 
 from trgnet import trainer as trainer_module
 from trgnet.data import IGNORE, Recording, collate, synthetic_dataset
@@ -226,6 +227,43 @@ def test_interrupted_training_continues_as_if_nothing_had_happened(
     assert_same_training(uninterrupted, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("optimizer.name=lcam", "train.accumulate=2", "train.batch_size=1"),
+        (
+            "optimizer.name=gated_smes",
+            "exponent.name=cyclic",
+            "exponent.period_epochs=1",
+            "exponent.final=0.3",
+        ),
+    ],
+    ids=["lcam", "gated_smes"],
+)
+def test_a_gated_training_continues_within_an_epoch_and_between_two(
+    tmp_path, tiny, silent, monkeypatch, settings
+):
+    config = tiny(*settings, "train.epochs=3", "train.checkpoint_minutes=0", "data.test=[s0_r0]")
+    train(config, out=tmp_path / "whole", console=silent)
+    original, calls = Trainer._step, []
+
+    def interrupted(self, *arguments):
+        calls.append(self.watch.batches)
+        if len(calls) in (5, 8):  # in the middle of the second epoch; before the first step of the third
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, out=tmp_path / "parts", console=silent)
+    with pytest.raises(KeyboardInterrupt):
+        resume(tmp_path / "parts", console=silent)
+    resume(tmp_path / "parts", console=silent)
+    batches = 2 if "train.accumulate=2" in settings else 1
+    assert calls == [batches * i for i in (0, 1, 2, 0, 1, 1, 2, 0, 0, 1, 2)]
+    assert_same_training(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_weights_lost_after_the_checkpoint_are_written_again(run_copy, trained, silent):
     for name in ("model.safetensors", "best.safetensors"):
         (run_copy / name).unlink()
@@ -418,6 +456,68 @@ def test_learning_rate_follows_the_schedule(tmp_path, tiny, silent):
     assert [record["lr"] for record in log_of(tmp_path / "run")] == pytest.approx(
         [0.01, 0.00875, 0.0075, 0.00625]
     )
+
+
+def test_the_loss_that_decides_is_the_mean_of_a_steps_batches_since_the_epochs_start(
+    make_trainer, monkeypatch
+):
+    trainer = make_trainer(
+        "optimizer.name=lcam", "train.accumulate=2", "data.test=[s0_r0]", "train.clip_norm=1"
+    )
+    add, totals = LossWatch.add, []
+
+    def watched(self, terms, *arguments):
+        totals.append(terms["total"].item())
+        return add(self, terms, *arguments)
+
+    monkeypatch.setattr(LossWatch, "add", watched)
+    trainer.fit()
+    (group,) = trainer.optimizer.param_groups
+    expected = ((totals[-3] + totals[-2]) / 2 + totals[-1]) / 2  # 3 batches in 2 steps
+    assert (group["loss_gate"][COUNT], len(totals)) == (2, 4 * 3)
+    assert (group["loss_gate"][AVERAGE] + group["loss_gate"][REST]).item() == pytest.approx(
+        expected, rel=1e-6
+    )
+    assert trainer.optimizer.phase_steps.sum() == 4 * 2
+
+
+def test_phases_and_exponents_are_logged(tmp_path, tiny, silent):
+    phases = {"phase/low_steps", "phase/high_steps", "phase/low_share"}
+    expected = {
+        ("optimizer.name=adam",): [{}, {}],
+        ("optimizer.name=lcam", "train.batch_size=1"): [{}, {}],
+        ("optimizer.name=smes", "exponent.name=linear", "exponent.final=0.3"): [
+            {"alpha": 0.5},
+            {"alpha": 0.4},
+        ],
+        ("optimizer.name=gated_smes", "optimizer.alphas=[0.5, 0.4]"): [{"alpha/low": 0.5, "alpha/high": 0.4}]
+        * 2,
+    }
+    for number, (settings, exponents) in enumerate(expected.items()):
+        run = tmp_path / str(number)
+        train(tiny(*settings, "train.epochs=2"), out=run, console=silent)
+        records = log_of(run)
+        for record, exponent in zip(records, exponents, strict=True):
+            assert {key: value for key, value in record.items() if key.startswith("alpha")} == pytest.approx(
+                exponent
+            )
+            gated = "lcam" in settings[0] or "gated" in settings[0]
+            assert {key for key in record if key.startswith("phase")} == (phases if gated else set())
+        if gated:
+            low, high = (sum(record[f"phase/{name}_steps"] for record in records) for name in ("low", "high"))
+            (group,) = Run(run).checkpoint()["optimizer"]["param_groups"]
+            assert (low, high) == tuple(group["loss_gate"][LOW_STEPS : HIGH_STEPS + 1].tolist())
+            assert low + high == records[-1]["step"]
+            assert records[1]["phase/low_share"] == records[1]["phase/low_steps"] / (records[1]["step"] / 2)
+
+
+def test_an_exponent_of_all_steps_cannot_be_extended(tmp_path, tiny, silent):
+    settings = ("optimizer.name=smes", "exponent.name=cosine", "train.epochs=1", "data.test=[]")
+    run = train(tiny(*settings), out=tmp_path / "run", console=silent).path
+    with pytest.raises(
+        UserError, match="cannot change from 1 to 2: with exponent.name=cosine the exponent of every"
+    ):
+        resume(run, ["train.epochs=2"], console=silent)
 
 
 def test_fewer_recordings_than_a_batch_are_one_short_batch(tmp_path, tiny, silent):

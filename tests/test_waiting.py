@@ -29,7 +29,7 @@ def train_an_epoch(trainer: Trainer) -> None:
     def look(watch: LossWatch) -> None:
         raise Looked
 
-    trainer.watch = None
+    trainer.watch, trainer.epoch = None, 1  # not the first: an optimizer is told of a new one
     with pytest.MonkeyPatch.context() as patch, TrainingProgress(trainer.console, 1) as progress:
         patch.setattr(LossWatch, "look", look)
         with pytest.raises(Looked):
@@ -43,6 +43,17 @@ def train_an_epoch(trainer: Trainer) -> None:
         (False, ("optimizer.name=sgd", "train.precision=fp16", "train.clip_norm=1")),
         (True, ("optimizer.name=adam", "train.precision=fp16", "schedule.name=cosine")),
         (True, ("loss.class_weights=median_frequency", "train.checkpoint_minutes=0")),
+        (False, ("optimizer.name=lcam", "train.accumulate=2", "optimizer.average=window")),
+        (True, ("optimizer.name=smes", "train.precision=fp16", "exponent.name=linear")),
+        (
+            True,
+            (
+                "optimizer.name=gated_smes",
+                "train.precision=fp16",
+                "train.clip_norm=1",
+                "optimizer.average=window",
+            ),
+        ),
     ],
 )
 def test_no_step_of_an_epoch_waits(
@@ -58,9 +69,21 @@ def test_no_step_of_an_epoch_waits(
     assert bool(launches) == triton
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("train.precision=fp32",),
+        ("train.precision=fp16",),
+        ("optimizer.name=lcam", "optimizer.average=window"),
+        ("optimizer.name=gated_smes", "exponent.name=cyclic"),
+    ],
+)
 def test_a_recorded_step_copies_nothing_from_the_host(
-    tmp_path: Path, tiny: Callable, silent: Console, monkeypatch: pytest.MonkeyPatch, precision: str
+    tmp_path: Path,
+    tiny: Callable,
+    silent: Console,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: tuple[str, ...],
 ):
     recorded = []
 
@@ -74,8 +97,7 @@ def test_a_recorded_step_copies_nothing_from_the_host(
 
     monkeypatch.setattr(step_graphs, "CudaCapture", lambda device: capture)
     with pretended_gpu():
-        settings = ("train.cuda_graph=true", "train.clip_norm=1", f"train.precision={precision}")
-        config = tiny(*FEW_STEPS, *settings)
+        config = tiny(*FEW_STEPS, "train.cuda_graph=true", "train.clip_norm=1", *settings)
         trainer = Trainer.start(config, tmp_path / "run", silent)
         with NoWaiting():
             train_an_epoch(trainer)

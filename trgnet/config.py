@@ -18,6 +18,7 @@ Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
+Exponent = Annotated[float, Field(ge=-4.0, le=4.0)]
 
 
 class Section(BaseModel):
@@ -117,11 +118,58 @@ class LossConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer."""
 
-    name: Literal["adam", "adamw", "sgd"] = Field("adam", description="Optimizer, as torch.optim defines it.")
+    name: Literal["adam", "adamw", "sgd", "lcam", "smes", "gated_smes"] = Field(
+        "adam",
+        description="Optimizer: adam, adamw, sgd as torch.optim defines them; lcam (SGD whose momentum the loss "
+        "chooses), smes (Adam with another exponent), gated_smes (both in one).",
+    )
     lr: float = Field(1e-3, gt=0.0, description="Learning rate.")
     weight_decay: Weight = Field(0.0, description="Weight decay: decoupled for adamw, L2 for the others.")
-    betas: tuple[Probability, Probability] = Field((0.9, 0.999), description="Decay rates of adam and adamw.")
+    betas: tuple[Probability, Probability] = Field(
+        (0.9, 0.999), description="Decay rates of adam, adamw and smes; gated_smes takes the second."
+    )
     momentum: Probability = Field(0.9, description="Momentum of sgd.")
+    momenta: tuple[Probability, Probability] = Field(
+        (0.9, 0.95),
+        description="Momentum of lcam, first decay rate of gated_smes: where the loss is below its average, and else.",
+    )
+    average: Literal["epoch", "window", "ema", "run"] = Field(
+        "epoch",
+        description="Losses that lcam and gated_smes average; trainings of one epoch want window or ema.",
+    )
+    window: Count = Field(100, description="Losses in the window of average window.")
+    smoothing: Probability = Field(0.98, description="Weight of the past in average ema.")
+    gate: Literal["next", "same"] = Field(
+        "next", description="Step on which a loss decides, in lcam and gated_smes."
+    )
+    eps: float = Field(
+        1e-8, ge=0.0, description="Added to the denominator of adam, adamw, smes and gated_smes."
+    )
+    alpha: Exponent = Field(
+        0.5,
+        description="Exponent of the second moment in smes and gated_smes: 0.5 is Adam's. Each wants a learning rate "
+        "of its own.",
+    )
+    alphas: tuple[Exponent, Exponent] | None = Field(
+        None, description="Two exponents of gated_smes, chosen as momenta are; null: alpha for both."
+    )
+
+    @property
+    def exponent(self) -> float | tuple[float, float] | None:
+        """The exponent, or one for each phase; None where the optimizer has none."""
+        if self.name == "gated_smes" and self.alphas is not None:
+            return self.alphas
+        return self.alpha if self.name in ("smes", "gated_smes") else None
+
+
+class ExponentConfig(Section):
+    """The exponent of smes and gated_smes over the training, set anew for every optimizer step."""
+
+    name: Literal["constant", "linear", "cosine", "cyclic"] = Field(
+        "constant", description="Shape, from optimizer.alpha to final; cyclic: and back, again and again."
+    )
+    final: Exponent = Field(0.5, description="Exponent at the end of linear and cosine, halfway in cyclic.")
+    period_epochs: Count = Field(10, description="Epochs from optimizer.alpha to final and back in cyclic.")
 
 
 class ScheduleConfig(Section):
@@ -201,6 +249,7 @@ class Config(Section):
     loss: LossConfig = Field(LossConfig(), description="Weights of the losses.")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="The optimizer.")
     schedule: ScheduleConfig = Field(ScheduleConfig(), description="The learning rate over time.")
+    exponent: ExponentConfig = Field(ExponentConfig(), description="The optimizer's exponent over time.")
     train: TrainConfig = Field(TrainConfig(), description="The training loop.")
     refine: RefineConfig = Field(RefineConfig(), description="Refinement of the output.")
 
@@ -210,6 +259,21 @@ class Config(Section):
             raise ValueError(
                 f"schedule.warmup_epochs ({self.schedule.warmup_epochs}) must be at most "
                 f"train.epochs ({self.train.epochs})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _exponent_can_change(self) -> Config:
+        if self.exponent.name == "constant":
+            return self
+        if self.optimizer.exponent is None:
+            raise ValueError(
+                f"exponent.name={self.exponent.name} is for optimizer.name=smes or gated_smes, "
+                f"and here it is {self.optimizer.name}"
+            )
+        if isinstance(self.optimizer.exponent, tuple):
+            raise ValueError(
+                f"exponent.name={self.exponent.name} starts from optimizer.alpha; set optimizer.alphas=null"
             )
         return self
 

@@ -44,7 +44,11 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from trgnet.optimizers import (
+    LCAM,
     SCHEDULES_OF_ALL_STEPS,
+    ExponentSchedule,
+    GatedSMES,
+    build_exponent_schedule,
     build_optimizer,
     build_schedule,
     learning_rates,
@@ -242,7 +246,8 @@ class Trainer:
             self.model.parameters(), **config.optimizer.model_dump(), capturable=settings.cuda_graph
         )
         self.steps_per_epoch = math.ceil(len(self.batches) / settings.accumulate)
-        self.schedule = self._schedule()
+        self.schedule, self.exponent = self._schedule(), self._exponent()
+        self.gated = isinstance(self.optimizer, (LCAM, GatedSMES))  # the loss decides on how it steps
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self.graphs = StepGraphs(self._whole_step, self.device) if settings.cuda_graph else None
 
@@ -299,11 +304,12 @@ class Trainer:
         return trainer
 
     def _check_new_length(self, before: int) -> None:
-        epochs, schedule = self.config.train.epochs, self.config.schedule.name
-        if self.step and schedule in SCHEDULES_OF_ALL_STEPS:
+        epochs, shapes = self.config.train.epochs, self._shapes_of_all_steps()
+        if self.step and shapes:
+            key, of_a_step = shapes[0]
             raise UserError(
-                f"train.epochs cannot change from {before} to {epochs}: with schedule.name={schedule} the "
-                f"learning rate of every step depends on the number of all steps, and {self.epoch} epochs "
+                f"train.epochs cannot change from {before} to {epochs}: with {key} the "
+                f"{of_a_step} of every step depends on the number of all steps, and {self.epoch} epochs "
                 "are trained already; finish this training as it is, or start a new one of the length you want"
             )
         if epochs <= self.epoch:
@@ -311,6 +317,14 @@ class Trainer:
                 f"{self.epoch} epochs are trained already, so train.epochs={epochs} leaves nothing to do; "
                 "ask for more"
             )
+
+    def _shapes_of_all_steps(self) -> list[tuple[str, str]]:
+        """Settings under which what a step is done with depends on the number of all steps, and what that is."""
+        shapes = [
+            (f"schedule.name={self.config.schedule.name}", "learning rate"),
+            (f"exponent.name={self.config.exponent.name}", "exponent"),
+        ]
+        return [shape for shape in shapes if shape[0].partition("=")[2] in SCHEDULES_OF_ALL_STEPS]
 
     def fit(self) -> Result:
         """Train to the last epoch, save, report. Other processes than the first return the same, unwritten.
@@ -389,7 +403,10 @@ class Trainer:
         """Train what is left of an epoch and return its log record."""
         self.model.train()
         if self.watch is None:
-            self.watch = LossWatch(self.epoch + 1, learning_rates(self.schedule)[0], self.processes)
+            rate = learning_rates(self.schedule)[0]
+            self.watch = LossWatch(self.epoch + 1, rate, self.processes, self._exponents())
+            if self.gated and self.epoch:
+                self.optimizer.new_epoch()
         watch = self.watch
         self.batches.epoch, self.batches.done = watch.epoch, watch.batches
         before, started = watch.seconds, time.perf_counter()
@@ -406,10 +423,31 @@ class Trainer:
             "epoch": watch.epoch,
             "step": self.step,
             "lr": watch.rate,
+            **watch.exponents,
+            **self._phases(),
             **{f"loss/{name}": value for name, value in watch.means().items()},
             "seconds": watch.seconds,
             "frames_per_second": watch.frames / watch.seconds,
         }
+
+    def _exponents(self) -> dict[str, float]:
+        """The exponent of the next step, for the log: one, or one for each phase."""
+        if self.exponent is None:
+            return {}
+        (alpha,) = self.exponent.exponents()
+        if not self.gated:
+            return {"alpha": alpha}
+        low, high = alpha if isinstance(alpha, tuple) else (alpha, alpha)
+        return {"alpha/low": low, "alpha/high": high}
+
+    def _phases(self) -> dict[str, float]:
+        """The epoch's steps in the phases of low and of high loss, for the log; waits for the device."""
+        if not self.gated:
+            return {}
+        names = ("phase/low_steps", "phase/high_steps")
+        counts = dict(zip(names, map(int, self.optimizer.phase_steps.tolist()), strict=True))
+        of_epoch = {name: counts[name] - sum(record[name] for record in self.history) for name in names}
+        return {**of_epoch, "phase/low_share": of_epoch[names[0]] / max(sum(of_epoch.values()), 1)}
 
     def _looks(self, step: int) -> bool:
         """Whether the losses are read in this step, for which a GPU has to be waited for."""
@@ -446,6 +484,8 @@ class Trainer:
             self._update()
         self.step += 1
         self.schedule.step()
+        if self.exponent is not None:
+            self.exponent.step()
 
     def _gradients(self, group: Sequence[Batch], watch: LossWatch) -> None:
         """The mean gradient of the batches of `group`; their losses go to `watch`."""
@@ -469,6 +509,8 @@ class Trainer:
                 output = self.network(batch.x, batch.mask, self.joint_graph, batch.segments)
             terms = self.loss(output, batch)
             self.scaler.scale(terms["total"] / parts).backward()
+        if self.gated:
+            self.optimizer.observe(terms["total"])
         return {name: term.detach() for name, term in terms.items()}
 
     def _update(self) -> None:
@@ -597,6 +639,8 @@ class Trainer:
             self._restore_generators(state["generators"], allow)
             self.model.load_state_dict(state["model"])
             load_training_state(self.schedule, state)
+            if self.exponent is not None:
+                self.exponent.step(state["step"])
             self.scaler.load_state_dict(state["scaler"])
             self.epoch, self.step = state["epoch"], state["step"]
             self.history = state["history"]
@@ -759,6 +803,19 @@ class Trainer:
             step_factor=settings.step_factor,
         )
 
+    def _exponent(self) -> ExponentSchedule | None:
+        settings, per_epoch = self.config.exponent, self.steps_per_epoch
+        if self.config.optimizer.exponent is None:
+            return None
+        return build_exponent_schedule(
+            self.optimizer,
+            name=settings.name,
+            alpha=self.config.optimizer.exponent,
+            steps=self.config.train.epochs * per_epoch,
+            final=settings.final,
+            period=settings.period_epochs * per_epoch,
+        )
+
 
 class EpochBatches:
     """Batch sampler: (epoch, index) of the recordings, in an order that follows from seed and `epoch` alone.
@@ -856,10 +913,13 @@ class LossWatch:
         epoch: its number, from 1.
         rate: the learning rate at its start.
         processes: whose losses are averaged.
+        exponents: those at its start, as the log names them.
     """
 
-    def __init__(self, epoch: int, rate: float, processes: Processes) -> None:
-        self.epoch, self.rate, self.processes = epoch, rate, processes
+    def __init__(
+        self, epoch: int, rate: float, processes: Processes, exponents: dict[str, float] | None = None
+    ) -> None:
+        self.epoch, self.rate, self.processes, self.exponents = epoch, rate, processes, exponents or {}
         self.batches, self.frames, self.seconds = 0, 0, 0.0
         self.latest: float | None = None
         self.recordings: tuple[str, ...] = ()  # of the last batch
@@ -903,7 +963,9 @@ class LossWatch:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, after a :meth:`look`."""
-        kept = ("epoch", "rate", "batches", "frames", "seconds", "latest", "recordings", "_names", "_sums")
+        kept = (
+            "epoch", "rate", "exponents", "batches", "frames", "seconds", "latest", "recordings", "_names", "_sums",
+        )  # fmt: skip
         return {name: getattr(self, name) for name in kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
