@@ -17,7 +17,7 @@ from trgnet import step_graphs
 from trgnet import trainer as trainer_module
 from trgnet.data import Batch, Recording, collate, synthetic_dataset
 from trgnet.data.batch import bucket
-from trgnet.errors import UserError
+from trgnet.errors import DataWarning, UserError
 from trgnet.processes import Processes
 from trgnet.runs import Run
 from trgnet.step_graphs import StepGraphs, check_graphs
@@ -96,9 +96,11 @@ def test_no_more_graphs_than_their_greatest_number(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(step_graphs, "MOST_GRAPHS", 1)
     tape = Tape()
     graphs = StepGraphs(lambda batch: {"total": batch.x.sum()}, torch.device("cpu"), tape)
-    for frames in (16, 16, 32, 32, 32, 16):
-        batch = batch_of(frames)
-        assert torch.equal(graphs(batch)["total"], batch.x.sum())
+    with pytest.warns(DataWarning, match="more than 1 sizes of batches") as told:
+        for frames in (16, 16, 32, 32, 32, 16):
+            batch = batch_of(frames)
+            assert torch.equal(graphs(batch)["total"], batch.x.sum())
+    assert len(told) == 1
     assert tape.log == ["record", "replay", "replay"]
 
 
