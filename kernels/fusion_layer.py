@@ -238,8 +238,8 @@ def _backward(
     launch(
         _fusion_layer_backward_kernel, (n * per_sequence,), grad, x, spatial, mask, weight1.contiguous(), bias1,
         weight2.contiguous(), seed, grad_x, grad_spatial, parts, *dropout_numbers,
-        spatial.stride(0) // constants["UNIT"], t // constants["UNIT"], per_sequence, steps, PASSES=passes, num_warps=4 if x.shape[1] <= 32 else warps(x),
-        **constants,
+        spatial.stride(0) // constants["UNIT"], t // constants["UNIT"], per_sequence, steps, PASSES=passes,
+        num_warps=4 if x.shape[1] <= 32 else warps(x), **constants,
     )  # fmt: skip
     return grad_x, grad_spatial, parts.sum(0)
 
