@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 from trgnet.kernels import operator
 
+from bench import launches
 from bench.compiled import triton_operators
-from bench.launches import PHASES, Counts, DeviceCalls, Step, column, counting, operator_counts, step_counts
+from bench.launches import (
+    PHASES,
+    Counts,
+    DeviceCalls,
+    Step,
+    column,
+    counting,
+    network_operators,
+    operator_counts,
+    step_counts,
+)
 from bench.operators import Size, make_case
 
 pytest.importorskip("triton")
@@ -49,7 +61,15 @@ def test_launches_of_an_operator(name: str):
 
 
 def test_every_operator_with_kernels_is_counted():
-    assert sorted(OPERATORS) == triton_operators()
+    assert sorted(OPERATORS) == network_operators()
+    assert set(triton_operators()) - set(network_operators()) == {"moment_update"}
+
+
+def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]):
+    with mock.patch.object(launches, "STEP_SIZE", SMALL):
+        launches.main([])
+    printed = capsys.readouterr().out
+    assert "attention_layer forward" in printed and "step" in printed
 
 
 def test_attention_layer_by_hand():
