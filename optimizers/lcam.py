@@ -102,10 +102,7 @@ class LCAM(GatedOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        if len(group["momenta"]) != 2:
-            raise ValueError(f"Invalid momenta: expected two, got {group['momenta']}")
         for momentum in group["momenta"]:
             if not 0.0 <= momentum:
                 raise ValueError(f"Invalid momentum value: {momentum}")
-        if group["nesterov"] and (min(map(float, group["momenta"])) <= 0 or group["dampening"] != 0):
-            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+        self._check_nesterov(group)

@@ -660,6 +660,16 @@ class GatedOptimizer(MomentOptimizer):
             raise ValueError(f"Invalid smoothing value: {defaults['smoothing']}")
         super().__init__(params, defaults, **settings)
 
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if len(group["momenta"]) != 2:
+            raise ValueError(f"Invalid momenta: expected two, got {group['momenta']}")
+
+    @staticmethod
+    def _check_nesterov(group: dict[str, Any]) -> None:
+        if group["nesterov"] and (min(map(float, group["momenta"])) <= 0 or group["dampening"] != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+
     def observe(self, loss: Tensor | float) -> None:
         """Take the loss of a micro-batch: the next step's is the mean of those observed and the one given to it, if any.
 

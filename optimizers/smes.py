@@ -165,15 +165,11 @@ class GatedSMES(GatedOptimizer):
             raise ValueError(
                 "all groups have a second moment, or none: beta2 of this one differs from the default"
             )
-        if len(group["momenta"]) != 2:
-            raise ValueError(f"Invalid momenta: expected two, got {group['momenta']}")
         for i, momentum in enumerate(group["momenta"]):
             if not 0.0 <= momentum or (self.form == "product" and not momentum < 1.0):
                 raise ValueError(f"Invalid momentum value at index {i}: {momentum}")
         if self.second and not 0.0 <= group["beta2"] < 1.0:
             raise ValueError(f"Invalid beta2 value: {group['beta2']}")
-        dampened = bool(group["dampening"] != 0)
-        if self.form == "product" and (dampened or group["nesterov"]):
+        if self.form == "product" and (group["dampening"] != 0 or group["nesterov"]):
             raise ValueError("dampening and nesterov are of form='sum'")
-        if group["nesterov"] and (min(map(float, group["momenta"])) <= 0 or dampened):
-            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+        self._check_nesterov(group)
