@@ -31,8 +31,8 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     if seed is None or p == 0.0:
         return x
     row = _rows(seed, x.shape[0] * x.shape[1]).view(*x.shape[:2], 1)
-    frame = _hash(torch.arange(x.shape[2], dtype=torch.int32, device=x.device) + _FRAME_OFFSET)
-    return x * _scaled_mask(_hash(row ^ frame), p, x.dtype)
+    frame = hash_bits(torch.arange(x.shape[2], dtype=torch.int32, device=x.device) + _FRAME_OFFSET)
+    return x * _scaled_mask(hash_bits(row ^ frame), p, x.dtype)
 
 
 def channel_mask(n: int, c: int, p: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -51,19 +51,19 @@ def dropout_arguments(p: float, seed: Tensor | None) -> tuple[Tensor | None, int
 def dropout_rows(seed_ptr, rows):
     """Hashed rows [X] of the mask of a kernel."""
     seed = tl.load(seed_ptr)
-    key = _kernel_hash(_kernel_hash(seed.to(tl.uint32)) ^ (seed >> 32).to(tl.uint32))
-    return _kernel_hash(key ^ rows.to(tl.uint32))
+    key = kernel_hash(kernel_hash(seed.to(tl.uint32)) ^ (seed >> 32).to(tl.uint32))
+    return kernel_hash(key ^ rows.to(tl.uint32))
 
 
 @device_function
 def dropped(x, rows, t, threshold, scale):
     """The dropout of x [X, Y], of hashed rows [X] (:func:`dropout_rows`) and frames t [Y]."""
-    bits = _kernel_hash(rows[:, None] ^ _kernel_hash((t + _KERNEL_FRAME_OFFSET).to(tl.uint32))[None, :])
+    bits = kernel_hash(rows[:, None] ^ kernel_hash((t + _KERNEL_FRAME_OFFSET).to(tl.uint32))[None, :])
     return tl.where(bits.to(tl.int32, bitcast=True) >= threshold, x * tl.cast(scale, tl.float32), 0.0)
 
 
 @device_function
-def _kernel_hash(x):
+def kernel_hash(x):
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -77,8 +77,8 @@ def check_probability(operator_name: str, name: str, p: float) -> None:
 
 def _rows(seed: Tensor, count: int) -> Tensor:
     # A 64-bit seed enters as its two halves, so that seeds differing only in the upper one differ too.
-    key = _hash(_hash(_low_half(seed)) ^ _low_half(seed >> 32))
-    return _hash(key ^ torch.arange(count, dtype=torch.int32, device=seed.device))
+    key = hash_bits(hash_bits(_low_half(seed)) ^ _low_half(seed >> 32))
+    return hash_bits(key ^ torch.arange(count, dtype=torch.int32, device=seed.device))
 
 
 def _low_half(value: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def _threshold(p: float) -> int:
     return min(round(p * 2**32), 2**32 - 1) - 2**31
 
 
-def _hash(x: Tensor) -> Tensor:
+def hash_bits(x: Tensor) -> Tensor:
     """lowbias32 on int32 tensors; the masks make torch's arithmetic right shift a logical one."""
     x = (x >> 16).bitwise_and_(0xFFFF).bitwise_xor_(x).mul_(0x7FEB352D)
     x = (x >> 15).bitwise_and_(0x1FFFF).bitwise_xor_(x).mul_(0x846CA68B - 2**32)

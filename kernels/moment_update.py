@@ -37,7 +37,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from .dropout import _hash, _kernel_hash
+from .dropout import hash_bits, kernel_hash
 from .launch import device_function, kernel, launch, launchable, obstacle, target_of, tl
 from .loss_gate import AVERAGES, PHASE, is_finite, observe, observed, stepped, two_sum
 from .operator import Fused, Operator
@@ -300,9 +300,9 @@ def random_bits(draw: Draw, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         parameter: lower half of word,   first moment: upper half of word,   second moment: lower half of other
     """
     step = torch.as_tensor(draw.step, device=like.device).to(torch.int32)
-    key = _hash(_hash(step ^ draw.seed) ^ draw.row)
-    word = _hash(key ^ _memory_order(like))
-    return word & 0xFFFF, (word >> 16) & 0xFFFF, _hash(word ^ key) & 0xFFFF
+    key = hash_bits(hash_bits(step ^ draw.seed) ^ draw.row)
+    word = hash_bits(key ^ _memory_order(like))
+    return word & 0xFFFF, (word >> 16) & 0xFFFF, hash_bits(word ^ key) & 0xFFFF
 
 
 def _memory_order(like: Tensor) -> Tensor:
@@ -542,7 +542,7 @@ def _power_of(v, alpha):
 @device_function
 def _hash32(x):
     """The hash of :mod:`.dropout` on int32."""
-    return _kernel_hash(x.to(tl.uint32, bitcast=True)).to(tl.int32, bitcast=True)
+    return kernel_hash(x.to(tl.uint32, bitcast=True)).to(tl.int32, bitcast=True)
 
 
 @device_function
