@@ -171,7 +171,8 @@ def _attention_pack_kernel(
 ):  # fmt: skip
     """The square weights and the transposed ones in the dtype of the products, zero beyond the last feature.
 
-    Loaded as they are, without masks and conversions, they go straight to shared memory. Of one_head see below.
+    Loaded as they are, without masks and conversions, they go straight to shared memory. one_head is 1 where two features
+    share a head: a product with it is a sum over the head.
     """
     i, o_f = tl.program_id(0), tl.arange(0, BF)
     inside = (o_f < F)[:, None] & (o_f < F)[None, :]
@@ -189,7 +190,8 @@ def _attention_pack_kernel(
     tl.store(packed_ptr + (o_f[:, None] * BF + o_f[None, :]), weight)
     tl.store(packed_ptr + TRANSPOSED * (BF * BF) + (o_f[None, :] * BF + o_f[:, None]), weight)
     if i == 0:
-        tl.store(one_head_ptr + (o_f[:, None] * BF + o_f[None, :]), _one_head(o_f, HEAD))
+        # Features beyond the last make up heads of their own, so that no sum over a head is 0.
+        tl.store(one_head_ptr + (o_f[:, None] * BF + o_f[None, :]), _same_head(o_f, HEAD).to(tl.float32))
 
 
 @device_function
@@ -200,15 +202,15 @@ def _load_packed(packed_ptr, i: tl.constexpr, BF: tl.constexpr):
 
 
 @device_function
-def _one_head(o_f, HEAD: tl.constexpr):
-    """1 where two features share a head [BF, BF]. Those beyond the last make up heads of their own: no sum is 0."""
-    return ((o_f // HEAD)[:, None] == (o_f // HEAD)[None, :]).to(tl.float32)
+def _same_head(o_f, HEAD: tl.constexpr):
+    """Which pairs of features [BF, BF] share a head."""
+    return (o_f // HEAD)[:, None] == (o_f // HEAD)[None, :]
 
 
 @device_function
 def _heads(o_f, F, HEAD: tl.constexpr):
-    """Which pairs of features [BF, BF] share a head."""
-    return ((o_f // HEAD)[:, None] == (o_f // HEAD)[None, :]) & (o_f < F)[:, None] & (o_f < F)[None, :]
+    """The same, of features that there are."""
+    return _same_head(o_f, HEAD) & (o_f < F)[:, None] & (o_f < F)[None, :]
 
 
 @device_function
@@ -255,8 +257,8 @@ def _attend(
 
 @kernel
 def _attention_conv_kernel(
-    x_ptr, mask_ptr, weight_ptr, bias_ptr, o_ptr, parts_ptr, d, T, P, STEPS, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr,
-    UNIT: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, mask_ptr, weight_ptr, bias_ptr, o_ptr, parts_ptr, d, T, P, STEPS, F: tl.constexpr, BF: tl.constexpr,
+    BT: tl.constexpr, UNIT: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o, and the parts of its statistics."""
     T, d = T * UNIT, d * STRIDE
@@ -279,8 +281,8 @@ def _attention_conv_kernel(
 
 @kernel
 def _attention_key_value_kernel(
-    o_ptr, mask_ptr, source_ptr, packed_ptr, key_bias_ptr, value_bias_ptr, parts_ptr, stats_ptr,
-    sums_ptr, eps, T, P, STEPS, HEAD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr,
+    o_ptr, mask_ptr, source_ptr, packed_ptr, key_bias_ptr, value_bias_ptr, parts_ptr, stats_ptr, sums_ptr, eps, T, P,
+    STEPS, HEAD: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Statistics of o (mean, 1 / deviation, number of frames), and parts of the sums over time of U K^T and K."""
