@@ -60,20 +60,26 @@ class StepGraphs:
             place.copy_(batch)
             return replay()
         batch = batch.to(self.device, non_blocking=True)
-        if size not in self._seen or len(self._graphs) == MOST_GRAPHS:
-            if size in self._seen and not self._told:
-                self._told = True
-                warnings.warn(
-                    f"there are more than {MOST_GRAPHS} sizes of batches: those that came later are trained on without a "
-                    "CUDA graph; train.length_sorted=true or a larger train.pad_multiple makes them fewer",
-                    DataWarning,
-                    stacklevel=2,
-                )
+        if size not in self._seen:
             self._seen.add(size)
+            return self._step(batch)
+        if len(self._graphs) == MOST_GRAPHS:
+            self._tell()
             return self._step(batch)
         replay = self._capture(lambda: self._step(batch))
         self._graphs[size] = batch, replay
         return replay()
+
+    def _tell(self) -> None:
+        """Warn, once, that some batches have no graph."""
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                f"there are more than {MOST_GRAPHS} sizes of batches: those that came later are trained on without a "
+                "CUDA graph; train.length_sorted=true or a larger train.pad_multiple makes them fewer",
+                DataWarning,
+                stacklevel=3,
+            )
 
 
 class CudaCapture:
