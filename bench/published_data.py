@@ -1,10 +1,10 @@
 """The published formulation of LARa's preparation: the baseline of :mod:`trgnet.data.preparation`.
 
-Written from the description of the features, in the loops of the field's data-set code: the range of frames
-that are not all zero is searched from both ends, displacements are taken frame by frame and coordinates
-relative to a joint joint by joint, all of it at 200 Hz, before every fourth frame is kept.
-:func:`features_by_arrays` computes the same with whole-array operations in place of the loops, but also all
-frames before it keeps a fourth of them.
+Written from the description of the features, in plain loops: the range of frames that are not all zero is
+searched from both ends, displacements are taken frame by frame and coordinates relative to a joint joint by
+joint, all of it at 200 Hz, before every fourth frame is kept. How much of that are loops in the published
+code is not known, so :func:`features_by_arrays` computes the same without any: it too prepares every frame
+before it keeps a fourth of them.
 
 Symbols: C channels, T frames, V joints, M persons.
 """

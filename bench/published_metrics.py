@@ -1,10 +1,11 @@
 """The published formulation of the scores: the baseline of :mod:`trgnet.metrics`.
 
-Written from the conventions, in the loops of the field's evaluation code: labels are mapped to class names
-frame by frame; frames are compared, segments and boundaries found one frame after another; the edit score
+Written from the conventions, in the plain loops that are common in evaluation code: labels are mapped to
+class names frame by frame; frames are compared and segments found one frame after another; the edit score
 fills the whole table of the Levenshtein distance, element by element; every predicted segment is compared
-with all true ones, and all of it, the search for segments included, once for each overlap. What the common
-code divides by zero is 0 here. The confusion matrix is left out.
+with all true ones, and all of it, the search for segments included, once for each overlap. How the published
+code finds boundaries is not known; here it is frame by frame. What would be divided by zero is 0. The
+confusion matrix is left out.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-IGNORE = 255
+from trgnet.data import IGNORE
+
 OVERLAPS = (10, 25, 50, 75, 90)
 TOLERANCE = 5
 THRESHOLD = 0.5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -9,8 +11,10 @@ from bench import published_data, published_metrics
 from trgnet.data import IGNORE
 from trgnet.data.labels import boundaries_of
 from trgnet.data.shared_layout import SHARED_DATASETS
-from trgnet.metrics import SegmentationScores
+from trgnet.metrics import OVERLAPS, SegmentationScores
+from trgnet.refine import sigmoid
 
+GOLDEN = Path(__file__).parent / "golden"
 LARA = SHARED_DATASETS["LARA"].preparation
 Recordings = list[tuple[np.ndarray, np.ndarray, np.ndarray]]
 
@@ -68,6 +72,20 @@ def test_scores_of_random_recordings(seed: int) -> None:
 def test_scores_of_single_segments(prediction: list, truth: list, background: int | None) -> None:
     boundary = np.linspace(0, 1, len(truth))
     assert_same_scores([(np.array(prediction), np.array(truth), boundary)], 3, background)
+
+
+@pytest.mark.parametrize("name", ["metrics", "metrics_background"])
+def test_scores_of_the_published_code(name: str) -> None:
+    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as golden:
+        sequences = range(sum(key.startswith("labels") for key in golden.files))
+        recordings = [
+            (golden[f"refined{i}"], golden[f"labels{i}"], sigmoid(golden[f"boundary_logits{i}"]))
+            for i in sequences
+        ]
+        background = 0 if golden["background"] else None
+        got = assert_same_scores(recordings, golden["logits0"].shape[0], background)
+        keys = ["accuracy", "edit", *(f"f1@{k}" for k in OVERLAPS)]
+        np.testing.assert_allclose([got[key] for key in keys], golden["refined_scores"], rtol=0, atol=1e-10)
 
 
 def test_scores_count_what_is_wrong() -> None:
