@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_map_only
 from trgnet.kernels import operator, operator_table
 from trgnet.kernels.launch import Launch, Target, interpreted, record_launches
 
-from .operators import Size, make_case
+from .operators import MADE_NARROW, Size, make_case
 
 ARCHITECTURES = {
     "sm_80": Target("cuda", 80),
@@ -57,22 +57,6 @@ SIZE = Size(n=2, t=128)
 ALLOWED_SPILLS = {("gfx942", "3.6"): 44, ("gfx942", "3.9"): 84}
 """Bytes by architecture and release of Triton: its AMD backend needs some more registers for the dynamic graph
 convolution there than that of 3.7, the release that torch comes with."""
-
-
-MADE_NARROW = {
-    "attention_layer": (0, 2),
-    "dynamic_graph_conv": (1,),
-    "masked_batch_norm": (0, 4),
-    "fusion_layer": (0, 1),
-    "dilated_residual": (0,),
-    "class_loss": (0,),
-    "boundary_loss": (0,),
-    "segment_mean": (0,),
-    "pairwise_distance": (0,),
-    "moment_update": (0, 1, 2, 3),
-}
-"""Positions of the arguments that come in half precision, as an operation before made them so under autocast; beside
-those that autocast narrows for the operator itself, ``Fused.narrowed``."""
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,59 @@
+"""Options and fixtures of the benchmarks; see :mod:`bench`."""
+
 from __future__ import annotations
 
 import os
-from importlib import metadata
 
-import torch
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from . import device
+from .measure import Deadline, Measure, run_facts
+from .providers import PRECISIONS, PROVIDERS
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("trgnet")
+    group.addoption(
+        "--providers",
+        default=None,
+        help=f"comma-separated, of {','.join(PROVIDERS)}; on a CPU all but `compiled` unless it is named",
+    )
+    group.addoption("--limit", type=float, default=None, help="seconds after which no further row is begun")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    named = config.getoption("--providers", default=None)
+    unknown = set(named.split(",") if named else ()) - set(PROVIDERS)
+    if unknown:
+        raise pytest.UsageError(f"--providers: got {sorted(unknown)}, expected some of {','.join(PROVIDERS)}")
+    config.stash[_DEADLINE] = Deadline(config.getoption("--limit", default=None))
+
+
+_DEADLINE = pytest.StashKey[Deadline]()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test with an argument `provider` or `precision` runs for each of them."""
+    if "provider" in metafunc.fixturenames and not hasattr(metafunc.function, "own_providers"):
+        named = metafunc.config.getoption("--providers", default=None)
+        default = PROVIDERS if device.ON_GPU else tuple(p for p in PROVIDERS if p != "compiled")
+        metafunc.parametrize("provider", named.split(",") if named else default)
+    if "precision" in metafunc.fixturenames:
+        metafunc.parametrize("precision", PRECISIONS)
+
+
+@pytest.fixture
+def measure(benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> Measure:
+    return Measure(benchmark, pytestconfig.stash[_DEADLINE])
 
 
 def pytest_benchmark_update_machine_info(config: object, machine_info: dict) -> None:
-    """Add what decides a CPU timing to the JSON file, which has the commit and the date already."""
-    machine_info |= {
-        "cpu_model": machine_info.get("cpu", {}).get("brand_raw", machine_info["processor"]),
+    """Add what decides a timing to the JSON file."""
+    packages = ("torch", "triton", "numpy", "pytest-benchmark")
+    machine_info |= device.facts() | run_facts() | {
         "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "versions": {name: _version(name) for name in ("torch", "triton", "numpy", "pytest-benchmark")},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # triton is not made for every platform
-        return None
+        "versions": {name: device.version(name) for name in packages},
+        "copy_bandwidth": device.copy_bandwidth(),
+        "matrix_rate": {precision: device.matrix_rate(precision) for precision in PRECISIONS},
+    }  # fmt: skip

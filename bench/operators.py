@@ -1,4 +1,4 @@
-"""Arguments of the timed operators at a size of published training, and their providers.
+"""Arguments of the operators at a size of published training, and one provider's call of one.
 
 A provider takes an operator's arguments in their order. The published formulation has joints innermost: its
 arguments of shape (..., V, T) come to it as (..., T, V), so that no transpose is timed that the published
@@ -19,8 +19,24 @@ from trgnet.kernels.loss_gate import new_control
 from trgnet.kernels.moment_update import Hyper
 
 from . import published
+from .agreement import Results
+from .device import DEVICE, ON_GPU
+from .providers import BACKENDS, compiled, precision_of
 
-PROVIDERS = ("published", "reference", "recompute")
+MADE_NARROW = {
+    "attention_layer": (0, 2),
+    "dynamic_graph_conv": (1,),
+    "masked_batch_norm": (0, 4),
+    "fusion_layer": (0, 1),
+    "dilated_residual": (0,),
+    "class_loss": (0,),
+    "boundary_loss": (0,),
+    "segment_mean": (0,),
+    "pairwise_distance": (0,),
+    "moment_update": (0, 1, 2, 3),
+}
+"""Positions of the arguments that come in half precision, as an operation before made them so under autocast; beside
+those that autocast narrows for the operator itself, ``Fused.narrowed``."""
 
 
 @dataclass(frozen=True)
@@ -155,30 +171,36 @@ def make_case(name: str, size: Size = Size()) -> Case:
     }[name]()
 
 
-class Call:
-    """One provider's function with arguments of its own, in its layout and in ``dtype``."""
+BENCH_SIZE = Size(n=8, t=6000, segments=320) if ON_GPU else Size()
+"""Of the timed operators and networks: a batch of published training, or what a CPU can do in reasonable time."""
 
-    def __init__(self, name: str, case: Case, provider: str, *, dtype: torch.dtype, dropout: bool) -> None:
+
+class Call:
+    """One provider's function with arguments of its own, in its layout and precision ("float64" too)."""
+
+    def __init__(self, name: str, case: Case, provider: str, precision: str, *, dropout: bool) -> None:
         args = [
             0.0 if i - len(case.args) in case.dropout and not dropout else a for i, a in enumerate(case.args)
         ]
         self.swapped = case.swapped if provider == "published" else ()
+        self.precision = precision
+        narrow = MADE_NARROW.get(name, ()) if precision == "bfloat16" else ()
         self.args = [
-            _leaf(a.mT if i in self.swapped else a, dtype) if isinstance(a, Tensor) else a
+            _leaf(a.mT if i in self.swapped else a, _dtype(precision, i in narrow))
+            if isinstance(a, Tensor)
+            else a
             for i, a in enumerate(args)
         ]
-        self.function = (
-            case.published if provider == "published" else partial(operator(name), backend=provider)
-        )
+        self.function = _function(name, case, provider)
         self.wanted = {i: a for i, a in enumerate(self.args) if isinstance(a, Tensor) and a.requires_grad}
-        self.output_gradients = [self._output_gradient(output) for output in self._outputs()]
+        self.output_gradients = [self._output_gradient(output) for output in self.outputs()]
 
     def __call__(self) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         """Values, and gradients of a fixed random projection of them: forward and backward."""
-        outputs = self._outputs()
+        outputs = self.outputs()
         return outputs, torch.autograd.grad(outputs, list(self.wanted.values()), self.output_gradients)
 
-    def results(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def results(self) -> Results:
         """Values and gradients by name, in the operator's layout."""
         outputs, gradients = self()
         return (
@@ -189,8 +211,10 @@ class Call:
             },
         )
 
-    def _outputs(self) -> list[Tensor]:
-        outputs = self.function(*self.args)
+    def outputs(self) -> list[Tensor]:
+        """Values with gradients: forward."""
+        with precision_of(self.precision):
+            outputs = self.function(*self.args)
         # An output that was not asked for is empty.
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return [o for o in outputs if o.requires_grad and o.numel()]
@@ -198,16 +222,30 @@ class Call:
     def _output_gradient(self, output: Tensor) -> Tensor:
         """The same numbers for every provider."""
         shape = self._in_operator_layout(output).shape
-        gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(output.dtype)
+        gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(output)
         return self._in_operator_layout(gradient).contiguous()  # swapping is its own inverse
 
     def _in_operator_layout(self, output: Tensor) -> Tensor:
         return output.mT if self.swapped else output
 
 
+def _function(name: str, case: Case, provider: str) -> Callable[..., Any]:
+    if provider == "published":
+        return case.published
+    if provider == "compiled":
+        return compiled(operator(name).reference)
+    return partial(operator(name), backend=BACKENDS.get(provider, provider))
+
+
+def _dtype(precision: str, narrow: bool) -> torch.dtype:
+    if precision == "float64":
+        return torch.float64
+    return torch.bfloat16 if narrow else torch.float32
+
+
 def _leaf(a: Tensor, dtype: torch.dtype) -> Tensor:
     """A contiguous copy of ``a`` that no graph leads to; floating point in ``dtype``."""
-    copy = a.detach().clone(memory_format=torch.contiguous_format)
+    copy = a.detach().to(DEVICE).clone(memory_format=torch.contiguous_format)
     return copy.to(dtype).requires_grad_(a.requires_grad) if a.is_floating_point() else copy
 
 

@@ -1,13 +1,10 @@
-"""One training step of each provider: forward, loss, backward, Adam.
-
-python -m bench.step PROVIDER       prints the peak memory of one step in a fresh process, in bytes (Linux)
-"""
+"""The network of each provider with its batch: training step, forward pass, and inference of a whole recording."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,71 +18,118 @@ from trgnet.skeleton import SKELETONS
 from trgnet.text import TextPrior
 
 from . import published
+from .agreement import Results
+from .device import DEVICE, ON_GPU
+from .operators import Size
+from .providers import BACKENDS, compiled, precision_of
 
-PROVIDERS = ("published", "reference", "recompute")
-N, C, V, T, K, D = 2, 12, 25, 1000, 52, 768
 FRAMES_PER_SEGMENT = 150  # as in 30 fps recordings of daily actions
 NO_DROPOUT = {f"{name}_dropout": 0.0 for name in ("channel", "fusion", "attention", "output")}
 POS_WEIGHT = float(FRAMES_PER_SEGMENT)
+SKELETON_OF = {len(SKELETONS[name].joints): name for name in ("pku", "lara", "mocap6")}
 
 
-class TrainingStep:
-    """A network with its loss and optimizer on one batch; all providers start from the same weights."""
+class Network:
+    """A network with its loss and optimizer on one batch; all providers start from the same weights.
 
-    def __init__(self, provider: str, *, dropout: bool = True, dtype: torch.dtype = torch.float32) -> None:
+    Args:
+        provider: one of :data:`bench.providers.PROVIDERS`.
+        size: N, C, V, T, K and the embedding width; V is that of a skeleton in SKELETON_OF.
+        precision: as for :func:`bench.providers.precision_of`, or "float64".
+        dropout: whether the layers drop anything.
+        training: whether it is to be trained; otherwise there are no dropout, gradients and optimizer.
+    """
+
+    def __init__(
+        self,
+        provider: str,
+        size: Size,
+        precision: str = "float32",
+        *,
+        dropout: bool = True,
+        training: bool = True,
+    ) -> None:
         torch.manual_seed(0)
-        adjacency, options = SKELETONS["pku"].adjacency(), {} if dropout else NO_DROPOUT
-        model = _with_relations(TRGNet(C, K, adjacency, D, **options)).to(dtype)
-        self.batch, prior = _batch(), _prior()
-        self.batch.x, self.batch.boundaries = self.batch.x.to(dtype), self.batch.boundaries.to(dtype)
-        self.joint_graph = prior.joint_graph().to(dtype)
-        self.criterion = TRGLoss(prior, pos_weight=POS_WEIGHT).to(dtype)
-        self.provider, self.model = provider, model.train()
+        self.provider, self.precision, self.training = provider, precision, training
+        dtype = torch.float64 if precision == "float64" else torch.float32
+        adjacency = SKELETONS[SKELETON_OF[size.v]].adjacency()
+        options = {} if dropout and training else NO_DROPOUT
+        model = _with_relations(TRGNet(size.c, size.k, adjacency, size.d, **options))
+        self.network = model
         if provider == "published":
-            self.model = published.PublishedNet(C, K, adjacency, D, **options).to(dtype).train()
-            self.model.load_state_dict(to_published(model.state_dict()))
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
+            self.network = published.PublishedNet(size.c, size.k, adjacency, size.d, **options)
+            self.network.load_state_dict(to_published(model.state_dict()))
+        self.network = self.network.to(DEVICE, dtype).train(training)
+        self.model = compiled(self.network) if provider == "compiled" else self.network
+        batch, prior = _batch(size), _prior(size)
+        floats = {"x": batch.x.to(dtype), "boundaries": batch.boundaries.to(dtype)}
+        self.batch = replace(batch, **floats).to(DEVICE)
+        self.joint_graph = prior.joint_graph().to(DEVICE, dtype)
+        self.criterion = TRGLoss(prior, pos_weight=POS_WEIGHT).to(DEVICE, dtype)
+        if training:
+            fused = ON_GPU and provider != "published"
+            self.optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-3, fused=fused)
 
-    def __call__(self) -> None:
+    def step(self) -> None:
+        """The whole training step."""
         self.optimizer.zero_grad()
         self.backward()
         self.optimizer.step()
 
     def backward(self) -> dict[str, Tensor]:
         """Accumulate the gradients and return the terms of the loss."""
-        with use_backend("auto" if self.provider == "published" else self.provider):
+        with self._running():
             terms = self._loss()
-            terms["total"].backward()
+        terms["total"].backward()
         return {name: term.detach() for name, term in terms.items()}
 
-    def gradients(self) -> dict[str, Tensor]:
-        """Gradients of the parameters by their published names."""
-        own = {name: p.grad for name, p in self.model.named_parameters()}
-        return own if self.provider == "published" else to_published(own)
+    def forward(self) -> list[Tensor]:
+        """Class and boundary logits of all stages, in training mode."""
+        with self._running():
+            output = self._output()
+        return [*output.class_logits, *output.boundary_logits]
+
+    def forward_backward(self) -> None:
+        """The forward pass, and gradients of the sum of all logits."""
+        logits = self.forward()
+        torch.autograd.backward(logits, [torch.ones_like(x) for x in logits])
+
+    def infer(self) -> tuple[Tensor, Tensor]:
+        """Class logits (N, K, T) and boundary logits (N, 1, T) of the last stage, in evaluation mode."""
+        with torch.no_grad(), self._running():
+            if self.provider != "published":
+                return self.model(self.batch.x, self.batch.mask, self.joint_graph)
+            output = self._output()
+            return output.class_logits[-1], output.boundary_logits[-1]
+
+    def training_results(self) -> Results:
+        """Terms of the loss, and gradients of the parameters by their published names."""
+        torch.manual_seed(1)  # dropout
+        terms = self.backward()
+        own = {name: p.grad for name, p in self.network.named_parameters()}
+        return terms, own if self.provider == "published" else to_published(own)
+
+    def inferred_results(self) -> Results:
+        """The logits by name; no gradients."""
+        return dict(zip(("classes", "boundaries"), self.infer())), {}
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        backend = BACKENDS.get(self.provider, self.provider)
+        with use_backend(backend), precision_of(self.precision):
+            yield
+
+    def _output(self) -> published.Output:
+        batch = self.batch
+        inputs = batch.x, batch.mask, self.joint_graph
+        return self.model(*inputs) if self.provider == "published" else self.model(*inputs, batch.segments)
 
     def _loss(self) -> dict[str, Tensor]:
-        batch, criterion = self.batch, self.criterion
+        criterion, output = self.criterion, self._output()
         if self.provider != "published":
-            return criterion(self.model(batch.x, batch.mask, self.joint_graph, batch.segments), batch)
-        return published.loss(
-            self.model(batch.x, batch.mask, self.joint_graph),
-            batch,
-            criterion.action_embeddings,
-            criterion.action_graph,
-            criterion.pos_weight,
-        )
-
-
-def peak_memory(provider: str) -> int:
-    """Bytes by which one step in a fresh process raises its memory at most above what the imports took."""
-    run = subprocess.run(
-        [sys.executable, "-m", "bench.step", provider],
-        cwd=Path(__file__).parents[1],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    return int(run.stdout)
+            return criterion(output, self.batch)
+        text = criterion.action_embeddings, criterion.action_graph
+        return published.loss(output, self.batch, *text, criterion.pos_weight)
 
 
 def _with_relations(model: TRGNet) -> TRGNet:
@@ -97,36 +141,24 @@ def _with_relations(model: TRGNet) -> TRGNet:
     return model
 
 
-def _batch() -> Batch:
+def _batch(size: Size) -> Batch:
     """N unpadded recordings of T frames; segments last FRAMES_PER_SEGMENT frames on average."""
     rng = np.random.default_rng(0)
-    return collate(
-        [
-            Recording(f"r{i}", 0.1 * rng.standard_normal((C, V, T), np.float32), _labels(rng))
-            for i in range(N)
-        ],
-        pad_multiple=1,
-    )
+    shape = size.c, size.v, size.t
+    recordings = [
+        Recording(f"r{i}", 0.1 * rng.standard_normal(shape, np.float32), random_labels(rng, size.t, size.k))
+        for i in range(size.n)
+    ]
+    return collate(recordings, pad_multiple=1)
 
 
-def _labels(rng: np.random.Generator) -> np.ndarray:
-    cuts = np.sort(rng.choice(np.arange(1, T), T // FRAMES_PER_SEGMENT, replace=False))
-    steps = rng.integers(1, K, len(cuts) + 1)  # never 0: neighbours differ
-    return (np.cumsum(steps) % K).repeat(np.diff(cuts, prepend=0, append=T))
+def random_labels(rng: np.random.Generator, frames: int, classes: int) -> np.ndarray:
+    """Labels of that many frames, whose segments last FRAMES_PER_SEGMENT frames on average."""
+    cuts = np.sort(rng.choice(np.arange(1, frames), frames // FRAMES_PER_SEGMENT, replace=False))
+    steps = rng.integers(1, classes, len(cuts) + 1)  # never 0: neighbours differ
+    return (np.cumsum(steps) % classes).repeat(np.diff(cuts, prepend=0, append=frames))
 
 
-def _prior() -> TextPrior:
+def _prior(size: Size) -> TextPrior:
     rng = np.random.default_rng(1)
-    return TextPrior(rng.standard_normal((V, D), np.float32), rng.standard_normal((K, D), np.float32))
-
-
-def _resident(field: str) -> int:
-    """A field of /proc/self/status in bytes. (The peak of getrusage starts at that of the parent process.)"""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-if __name__ == "__main__":
-    imported = _resident("VmRSS")
-    TrainingStep(sys.argv[1])()
-    print(_resident("VmHWM") - imported)
+    return TextPrior(*(rng.standard_normal((rows, size.d), np.float32) for rows in (size.v, size.k)))

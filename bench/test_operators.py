@@ -1,4 +1,4 @@
-"""Forward and backward of every operator with a published formulation."""
+"""Every operator with a published formulation: forward, and forward and backward, with every dropout active."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from dataclasses import asdict
 from functools import lru_cache
 
 import pytest
-import torch
-from pytest_benchmark.fixture import BenchmarkFixture
-from trgnet.kernels import operator
+from trgnet.kernels import Cost, operator
 
-from .agreement import assert_agreement
-from .operators import PROVIDERS, Call, Case, Size, make_case
+from .agreement import Results, assert_agreement
+from .measure import Measure
+from .operators import BENCH_SIZE, Call, Case, make_case
 
 OPERATORS = (
     "multiscale_graph_conv",
@@ -25,36 +24,49 @@ OPERATORS = (
     "segment_mean",
     "pairwise_distance",
 )
-SIZE = Size()
+SIZE = BENCH_SIZE
 
 
 @lru_cache(maxsize=1)
-def agreed_case(name: str) -> Case:
-    """The operator's case, once its providers were found to agree, dropout off: their masks differ."""
-    case = make_case(name, SIZE)
-    assert_agreement(
-        PROVIDERS, lambda provider, dtype: Call(name, case, provider, dtype=dtype, dropout=False).results()
-    )
-    return case
+def case_of(name: str) -> Case:
+    return make_case(name, SIZE)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@lru_cache(maxsize=1)
+def agreed_call(name: str, provider: str, precision: str) -> Call:
+    """The provider's call, once it was found to compute the reference's function."""
+    case = case_of(name)
+    timed = Call(name, case, provider, precision, dropout=True)
+
+    def evaluate(who: str, what: str, dropout: bool) -> Results:
+        if (who, what, dropout) == (provider, precision, True):
+            return timed.results()  # what is compiled once need not be compiled again
+        return Call(name, case, who, what, dropout=dropout).results()
+
+    assert_agreement(evaluate, provider, precision)
+    return timed
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward and backward"])
 @pytest.mark.parametrize("name", OPERATORS)
-def test_operator(benchmark: BenchmarkFixture, name: str, provider: str):
-    case = agreed_case(name)
-    call = Call(name, case, provider, dtype=torch.float32, dropout=True)
-    benchmark.group = name
-    benchmark.pedantic(call, rounds=12, warmup_rounds=2)
-    benchmark.extra_info |= {"shape": asdict(SIZE), "dtype": "float32"} | work(name, case)
-    if benchmark.enabled:
-        seconds = benchmark.stats["median"]
-        benchmark.extra_info |= {
-            "GB/s": benchmark.extra_info["bytes"] / seconds / 1e9,
-            "GFLOP/s": benchmark.extra_info["flops"] / seconds / 1e9,
-        }
+def test_operator(measure: Measure, name: str, precision: str, provider: str, direction: str):
+    call = agreed_call(name, provider, precision)
+    measure(
+        call.outputs if direction == "forward" else call,
+        section="operators, " + direction,
+        what=name,
+        provider=provider,
+        shape=asdict(SIZE),
+        precision=precision,
+        cost=cost_of(name, backward=direction != "forward"),
+    )
 
 
-def work(name: str, case: Case) -> dict[str, int]:
-    """The least bytes and FLOPs of forward and backward, the same for every provider."""
-    costs = [operator(name).cost(*case.args, backward=backward) for backward in (False, True)]
-    return {"bytes": sum(cost.bytes for cost in costs), "flops": sum(cost.flops for cost in costs)}
+def cost_of(name: str, backward: bool) -> Cost:
+    """The least bytes and FLOPs, the same for every provider."""
+    args = case_of(name).args
+    costs = [
+        operator(name).cost(*args, backward=direction)
+        for direction in ((False, True) if backward else (False,))
+    ]
+    return Cost(sum(cost.bytes for cost in costs), sum(cost.flops for cost in costs))

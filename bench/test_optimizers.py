@@ -17,15 +17,17 @@ from statistics import median
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.optim import SGD, Adam
+from trgnet.kernels import Cost
 from trgnet.optimizers import LCAM, SMES, GatedSMES
 
 from trgnet import TRGNet
 from trgnet.skeleton import SKELETONS
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from .device import DEVICE, ON_GPU
+from .measure import Measure
+
 LOSS_GATED = (LCAM, GatedSMES)
 Make = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -66,15 +68,15 @@ FAMILIES: dict[str, dict[str, Make]] = {
     "second moment": {
         "torch Adam, foreach": lambda p: Adam(p, foreach=True, **OPTIONS),
         "torch Adam, fused": lambda p: Adam(p, fused=True, **OPTIONS),
-        "torch Adam, compiled": lambda p: compiled(
-            Adam(p, foreach=False, capturable=DEVICE == "cuda", **OPTIONS)
-        ),
+        "torch Adam, compiled": lambda p: compiled(Adam(p, foreach=False, capturable=ON_GPU, **OPTIONS)),
         "SMES, lists": lambda p: SMES(p, foreach=True, **OPTIONS),
         "SMES, fused": lambda p: SMES(p, fused=True, **OPTIONS),
         "gated SMES, lists": lambda p: GatedSMES(p, momenta=(0.9, 0.9), foreach=True, **OPTIONS),
         "gated SMES, fused": lambda p: GatedSMES(p, momenta=(0.9, 0.9), fused=True, **OPTIONS),
     },
 }
+LEAST = {"momentum": (5, 4), "second moment": (7, 13)}
+"""Of a parameter: the numbers read and written, and the operations, beside weight decay."""
 PROVIDERS = [(family, name) for family, providers in FAMILIES.items() for name in providers]
 
 
@@ -110,33 +112,26 @@ def agree(family: str, name: str) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("family, name", PROVIDERS, ids=[name for _, name in PROVIDERS])
-def test_step(benchmark: BenchmarkFixture, family: str, name: str, size: str):
-    if DEVICE == "cpu" and name.endswith("fused") and not name.startswith("torch"):
+def test_step(measure: Measure, family: str, name: str, size: str):
+    if not ON_GPU and name.endswith("fused") and not name.startswith("torch"):
         pytest.skip("the fused kernel is for GPUs")
-    if DEVICE == "cpu" and name.endswith("compiled"):
+    if not ON_GPU and name.endswith("compiled"):
         pytest.skip("compiles for more than six minutes on a CPU")
     agree(family, name)
     shapes = SIZES[size]()
     _, step = steps_of(FAMILIES[family][name], shapes)
     elements = sum(shape.numel() for shape in shapes)
-    benchmark.group = f"{family}, {size}"
-    benchmark.extra_info |= {
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
-        "tensors": len(shapes),
-        "elements": elements,
-        "bytes": 4 * elements * (7 if family == "second moment" else 5),
-    }
-
-    def run() -> None:
-        step()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(run, rounds=20, warmup_rounds=3)
-    if DEVICE == "cuda":
-        benchmark.extra_info |= {"launches": launches(step), "host_seconds": host_time(step)}
-    if benchmark.enabled:
-        benchmark.extra_info["GB/s"] = benchmark.extra_info["bytes"] / benchmark.stats["median"] / 1e9
+    moved, flops = LEAST[family]
+    measure(
+        step,
+        section="optimizers",
+        what=f"{family}, {size}",
+        provider=name,
+        shape={"tensors": len(shapes), "elements": elements},
+        cost=Cost(4 * moved * elements, flops * elements),
+    )
+    if ON_GPU:
+        measure.benchmark.extra_info |= {"launches": launches(step), "host_seconds": host_time(step)}
 
 
 def launches(step: Callable[[], None]) -> int:

@@ -1,0 +1,142 @@
+"""The device that is measured: what it is, how to wait for it, and how fast it moves and multiplies at most."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
+
+MIB = 1 << 20
+COPIED = 1024 * MIB if ON_GPU else 128 * MIB
+"""Bytes that are copied to measure the bandwidth: many times a cache."""
+EDGE = 8192 if ON_GPU else 1536
+"""Rows and columns of the matrices that are multiplied to measure the rate."""
+EVICTED = 256 * MIB if ON_GPU else 64 * MIB
+"""Bytes that are written to drive what a round needs out of the last cache."""
+
+
+def synchronize() -> None:
+    """Wait until the device has done everything it was given."""
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+@lru_cache(maxsize=1)
+def _evicting() -> torch.Tensor:
+    return torch.empty(EVICTED, dtype=torch.uint8, device=DEVICE)
+
+
+def evict_caches() -> None:
+    """Leave nothing of what comes next in the last cache."""
+    _evicting().zero_()
+    synchronize()
+
+
+def peak_memory(function: Callable[[], object]) -> int:
+    """Bytes of tensors that `function` needs at most, beside those that exist before it: what the allocator gave out."""
+    if ON_GPU:
+        synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    current = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        current += event.nbytes()  # negative where memory is given back
+        peak = max(peak, current)
+    return peak
+
+
+def free_memory() -> int:
+    """Bytes that can be had without swapping."""
+    if ON_GPU:
+        return torch.cuda.mem_get_info()[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+@lru_cache(maxsize=1)
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written, of a large copy."""
+    source = torch.ones(COPIED, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * COPIED / _median_time(lambda: target.copy_(source))
+
+
+@lru_cache
+def matrix_rate(precision: str) -> float:
+    """FLOP per second of a large matrix product in `precision`, see :data:`bench.providers.PRECISIONS`."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    a, b = (torch.randn(EDGE, EDGE, device=DEVICE).to(dtype) for _ in range(2))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        return 2 * EDGE**3 / _median_time(lambda: a @ b)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _median_time(function: Callable[[], object], rounds: int = 9) -> float:
+    times = []
+    for _ in range(rounds + 2):
+        synchronize()
+        start = time.perf_counter()
+        function()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return median(times[2:])
+
+
+@lru_cache(maxsize=1)
+def facts() -> dict[str, Any]:
+    """What every row says of where it was measured."""
+    return {
+        "device": torch.cuda.get_device_name() if ON_GPU else _cpu_name(),
+        "driver": _driver(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+    }
+
+
+def version(package: str) -> str | None:
+    """Of an installed package; None where it is not, as triton on platforms that it is not made for."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _driver() -> str | None:
+    """Of an NVIDIA GPU; a CPU has none, and AMD's comes with the kernel."""
+    if not ON_GPU or shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, check=True, capture_output=True, text=True).stdout.splitlines()[0]

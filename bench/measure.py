@@ -1,0 +1,129 @@
+"""One row of a benchmark: a function of one provider, timed and described.
+
+pytest-benchmark times, stores and compares. What it does not know is added here to a row's ``extra_info``: where it was
+measured, sizes, precision, the 20th and 80th percentile of the times, the rates that the median makes of the least bytes
+and FLOPs, their shares of what the device was measured to do at most, and the memory needed at most beside the inputs.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from datetime import date
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+from trgnet.kernels import Cost
+
+from . import device
+
+SECONDS_PER_ROW = 0.4 if device.ON_GPU else 1.0
+MOST_ROUNDS, FEWEST_ROUNDS = 20, 4
+
+
+class Deadline:
+    """When no further row is begun, so that a run ends in time."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds, self.started = seconds, time.monotonic()
+
+    def check(self) -> None:
+        """Skip the test where time is up."""
+        if self.seconds is not None and time.monotonic() - self.started > self.seconds:
+            pytest.skip(f"not begun: the limit of {self.seconds:.0f} seconds was reached")
+
+
+class Measure:
+    """Times a function and describes the row; the fixture ``measure``."""
+
+    def __init__(self, benchmark: BenchmarkFixture, deadline: Deadline) -> None:
+        self.benchmark = benchmark
+        deadline.check()
+
+    def __call__(
+        self,
+        function: Callable[[], object],
+        *,
+        section: str,
+        what: str,
+        provider: str,
+        shape: Mapping[str, int],
+        precision: str = "float32",
+        cost: Cost | None = None,
+        most_rounds: int = MOST_ROUNDS,
+        memory: bool = True,
+    ) -> None:
+        """Time `function`, which has been checked.
+
+        Args:
+            function: what is timed, with inputs that exist already.
+            section, what, provider: where the row stands: its table, its group of rows, its name among them.
+            shape: sizes by their symbol.
+            precision: one of PRECISIONS, or the dtype of what has no matrix products.
+            cost: the least work, the same for every provider.
+            most_rounds: at most this many rounds; 1 for what changes its inputs for good.
+            memory: whether the peak of the memory is measured, in a call of its own.
+        """
+
+        def synchronised() -> None:
+            function()
+            device.synchronize()
+
+        benchmark = self.benchmark
+        benchmark.group = f"{section}: {what}"
+        info = device.facts() | run_facts() | {
+            "section": section, "what": what, "provider": provider, "shape": dict(shape), "dtype": precision,
+        }  # fmt: skip
+        if benchmark.disabled:
+            benchmark(synchronised)
+            return
+        info["peak_memory_bytes"] = device.peak_memory(synchronised) if memory else None  # warms up as well
+        rounds = _rounds(synchronised, most_rounds)
+        benchmark.pedantic(synchronised, setup=device.evict_caches, rounds=rounds, warmup_rounds=1)
+        times = benchmark.stats.stats.sorted_data
+        info |= dict(zip(("p20", "p80"), np.percentile(times, (20, 80)).tolist()))
+        benchmark.extra_info |= info | rates(cost, benchmark.stats["median"], precision)
+
+
+def rates(cost: Cost | None, seconds: float, precision: str) -> dict[str, float]:
+    """What a time makes of the least bytes and FLOPs; nothing where they are not known."""
+    if cost is None:
+        return {}
+    bandwidth, arithmetic = cost.bytes / seconds, cost.flops / seconds
+    return {
+        "bytes": cost.bytes,
+        "flops": cost.flops,
+        "GB/s": bandwidth / 1e9,
+        "GFLOP/s": arithmetic / 1e9,
+        "share_of_copy_bandwidth": bandwidth / device.copy_bandwidth(),
+        "share_of_matrix_rate": arithmetic / device.matrix_rate(precision),
+    }
+
+
+def _rounds(function: Callable[[], object], most: int) -> int:
+    started = time.perf_counter()
+    function()
+    return max(min(most, FEWEST_ROUNDS), min(most, int(SECONDS_PER_ROW / (time.perf_counter() - started))))
+
+
+@lru_cache(maxsize=1)
+def run_facts() -> dict[str, Any]:
+    """Date, and the commit that was measured, with "+" where files differ from it; None outside of a clone."""
+    folder = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> str:
+        run = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True)
+        return run.stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--short=12", "HEAD") + (
+            "+" if git("status", "--porcelain", "-uno") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {"commit": commit, "date": date.today().isoformat()}
