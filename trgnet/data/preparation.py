@@ -20,6 +20,9 @@ from ..errors import UserError
 
 __all__ = ["Preparation"]
 
+_BLOCK = 256
+"""Frames that are searched at once."""
+
 Index = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -202,5 +205,14 @@ class Preparation(BaseModel):
 
 def _valid_range(raw: np.ndarray) -> tuple[int, int]:
     """First frame that is not all zero and the one after the last such; (0, 0) where all are."""
-    valid = np.flatnonzero(raw.any(axis=(0, 1, 2)))
-    return (int(valid[0]), int(valid[-1]) + 1) if valid.size else (0, 0)
+    first = _first_valid(raw)
+    return (0, 0) if first is None else (first, raw.shape[-1] - _first_valid(raw[..., ::-1]))
+
+
+def _first_valid(raw: np.ndarray) -> int | None:
+    """Searched in blocks, as it is near the beginning mostly."""
+    for start in range(0, raw.shape[-1], _BLOCK):
+        valid = np.flatnonzero(raw[..., start : start + _BLOCK].any(axis=(0, 1, 2)))
+        if valid.size:
+            return start + int(valid[0])
+    return None
