@@ -56,7 +56,7 @@ class Measure:
         precision: str = "float32",
         cost: Cost | None = None,
         most_rounds: int = MOST_ROUNDS,
-        memory: bool = True,
+        on_device: bool = True,
     ) -> None:
         """Time `function`, which has been checked.
 
@@ -67,7 +67,8 @@ class Measure:
             precision: one of PRECISIONS, or the dtype of what has no matrix products.
             cost: the least work, the same for every provider.
             most_rounds: at most this many rounds; 1 for what changes its inputs for good.
-            memory: whether the peak of the memory is measured, in a call of its own.
+            on_device: whether it computes with tensors: then caches are emptied before every round, and the peak of the
+                memory is measured, in a call of its own.
         """
 
         def synchronised() -> None:
@@ -82,9 +83,11 @@ class Measure:
         if benchmark.disabled:
             benchmark(synchronised)
             return
-        info["peak_memory_bytes"] = device.peak_memory(synchronised) if memory else None  # warms up as well
+        peak = device.peak_memory(synchronised) if on_device else None  # warms up as well
+        info["peak_memory_bytes"] = peak
         rounds = _rounds(synchronised, most_rounds)
-        benchmark.pedantic(synchronised, setup=device.evict_caches, rounds=rounds, warmup_rounds=1)
+        setup = device.evict_caches if on_device else None
+        benchmark.pedantic(synchronised, setup=setup, rounds=rounds, warmup_rounds=1)
         times = benchmark.stats.stats.sorted_data
         info |= dict(zip(("p20", "p80"), np.percentile(times, (20, 80)).tolist()))
         benchmark.extra_info |= info | rates(cost, benchmark.stats["median"], precision)
@@ -121,9 +124,8 @@ def run_facts() -> dict[str, Any]:
         return run.stdout.strip()
 
     try:
-        commit = git("rev-parse", "--short=12", "HEAD") + (
-            "+" if git("status", "--porcelain", "-uno") else ""
-        )
+        changed = "+" if git("status", "--porcelain", "-uno") else ""
+        commit = git("rev-parse", "--short=12", "HEAD") + changed
     except (OSError, subprocess.CalledProcessError):
         commit = None
     return {"commit": commit, "date": date.today().isoformat()}

@@ -199,7 +199,7 @@ def _cells(row: Row, baseline: Row) -> list[str]:
     info = row.info
     memory, least = info["peak_memory_bytes"], baseline.info["peak_memory_bytes"]
     cells = [info["provider"], *(f"{1e3 * s:.3f}" for s in (row.median, info["p20"], info["p80"]))]
-    cells.append(f"{row.median / baseline.median:.2f}")
+    cells.append(f"{row.median / baseline.median:.3g}")
     cells += ["", ""] if memory is None else [f"{memory / 1e6:.1f}", f"{memory / least:.2f}" if least else ""]
     if "GB/s" not in info:
         return [*cells, "", "", "", ""]

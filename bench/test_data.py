@@ -35,7 +35,7 @@ def test_preparation(measure: Measure, by: str):
         what="preparation of a LARa recording",
         provider=by,
         shape=shape,
-        memory=False,
+        on_device=False,
     )
 
 
@@ -64,5 +64,5 @@ def test_batch(measure: Measure, what: str):
         what=f"{what} of a batch",
         provider="ours",
         shape={"n": size.n, "c": size.c, "v": size.v, "t": size.t},
-        memory=False,
+        on_device=False,
     )

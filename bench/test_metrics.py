@@ -53,5 +53,5 @@ def test_scores(measure: Measure, what: str, by: str):
         provider=by,
         shape={"t": FRAMES, "k": CLASSES, "segments": 1 + int(np.count_nonzero(np.diff(arrays[0])))},
         precision="int64",
-        memory=False,
+        on_device=False,
     )
