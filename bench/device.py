@@ -87,15 +87,10 @@ def copy_bandwidth() -> float:
 
 @lru_cache
 def matrix_rate(precision: str) -> float:
-    """FLOP per second of a large matrix product in `precision`, see :data:`bench.providers.PRECISIONS`."""
+    """FLOP per second of a large matrix product in a precision of :data:`bench.providers.PRECISIONS`."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     a, b = (torch.randn(EDGE, EDGE, device=DEVICE).to(dtype) for _ in range(2))
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        return 2 * EDGE**3 / _median_time(lambda: a @ b)
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return 2 * EDGE**3 / _median_time(lambda: a @ b)
 
 
 def _median_time(function: Callable[[], object], rounds: int = 9) -> float:

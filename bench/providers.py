@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,20 +15,13 @@ PROVIDERS = ("published", "reference", "compiled", "recompute", "ours")
 BACKENDS = {"published": "auto", "compiled": "reference", "ours": "auto"}
 """Of the providers that are not called as the backend that they run on."""
 
-PRECISIONS = ("float32", "tf32", "bfloat16") if ON_GPU else ("float32",)
-"""tf32: float32 whose matrix products may round to tf32; bfloat16: autocast, of float32 parameters."""
+PRECISIONS = ("float32", "bfloat16") if ON_GPU else ("float32",)
+"""float32 does without tf32; bfloat16 is autocast, of float32 parameters."""
 
 
-@contextmanager
-def precision_of(name: str) -> Iterator[None]:
+def precision_of(name: str) -> torch.autocast:
     """Operations in the block run in one of PRECISIONS, or in "float64" if their tensors do."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-    try:
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=name == "bfloat16"):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=name == "bfloat16")
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

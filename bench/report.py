@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +84,9 @@ def print_report(run: Run, console: Console, against: Run | None = None) -> None
     console.print(Text(run.ceilings))
     if against is not None:
         console.print(f"compared with {against.title}")
-    for section, rows in groupby(run.rows, key=lambda row: row.info["section"]):
-        console.print(section_table(section, list(rows), against))
+    for section in dict.fromkeys(row.info["section"] for row in run.rows):
+        rows = [row for row in run.rows if row.info["section"] == section]
+        console.print(section_table(section, rows, against))
     exponents = exponents_table(run.rows)
     if exponents.row_count:
         console.print(exponents)

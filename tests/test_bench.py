@@ -14,6 +14,7 @@ from rich.console import Console
 from trgnet.kernels import Cost
 
 from bench import report
+from bench.__main__ import SECTIONS
 from bench.agreement import assert_agreement
 from bench.device import DEVICE, copy_bandwidth, matrix_rate, peak_memory
 from bench.measure import rates
@@ -128,6 +129,12 @@ def test_results_in_the_repository_can_be_shown():
         console = Console(width=150, record=True, file=open(os.devnull, "w"))
         report.print_report(report.load(path), console)
         assert "published" in console.export_text()
+
+
+def test_every_file_of_benchmarks_is_a_section():
+    assert sorted(SECTIONS) == sorted(
+        p.stem.removeprefix("test_") for p in (ROOT / "bench").glob("test_*.py")
+    )
 
 
 def test_other_files_are_no_runs(tmp_path):
