@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 from trgnet.files import replacing
 
@@ -41,6 +42,7 @@ def _growth(run: Run, series: list[Series], stem: Path, what: str) -> Path:
                 if s.axis == axis and s.what.startswith(task):
                     _line(panel, s, what)
             _label(panel, AXES_OF[axis], "seconds" if what == "time" else "MB", task)
+            _tick_sizes(panel, sorted({size for s in series if s.axis == axis for size in s.sizes}))
     figure.suptitle(run.title, fontsize=7)
     return _save(figure, stem, what)
 
@@ -87,8 +89,17 @@ def _hue(provider: str) -> str:
 def _label(panel: Axes, x: str, y: str, title: str) -> None:
     panel.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
     panel.set_title(title, fontsize=9)
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    panel.yaxis.set_minor_locator(NullLocator())
+    panel.tick_params(labelsize=7)
     panel.grid(which="major", color="#DDDDDD", linewidth=0.6)
     panel.legend(fontsize=7, frameon=False)
+
+
+def _tick_sizes(panel: Axes, sizes: list[int]) -> None:
+    panel.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=6, rotation=45 if len(sizes) > 3 else 0)
+    panel.xaxis.set_minor_locator(NullLocator())
 
 
 def _save(figure: Figure, stem: Path, what: str) -> Path:

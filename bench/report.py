@@ -192,6 +192,8 @@ def _baseline(rows: Sequence[Row]) -> Row:
 
 
 def _shape(row: Row) -> str:
+    if "axis" in row.info:
+        return f"{row.info['axis']}={row.info['shape'][row.info['axis']]}"
     return " ".join(f"{name}={size}" for name, size in row.info["shape"].items())
 
 

@@ -51,6 +51,7 @@ class Network:
     ) -> None:
         torch.manual_seed(0)
         self.provider, self.precision, self.training = provider, precision, training
+        self.classes = size.k
         dtype = torch.float64 if precision == "float64" else torch.float32
         adjacency = SKELETONS[SKELETON_OF[size.v]].adjacency()
         options = {} if dropout and training else NO_DROPOUT
@@ -69,6 +70,12 @@ class Network:
         if training:
             fused = ON_GPU and provider != "published"
             self.optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-3, fused=fused)
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """The sizes of the batch by their symbols, and its segments."""
+        n, c, v, t = self.batch.x.shape
+        return {"n": n, "c": c, "v": v, "t": t, "k": self.classes, "segments": len(self.batch.segments)}
 
     def step(self) -> None:
         """The whole training step."""

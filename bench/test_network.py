@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -44,13 +44,12 @@ def agreed_network(provider: str, precision: str) -> Network:
 @pytest.mark.parametrize("task", TASKS)
 def test_training(measure: Measure, precision: str, provider: str, task: str):
     network = agreed_network(provider, precision)
-    shape = asdict(TRAINED) | {"segments": len(network.batch.segments)}
     measure(
         lambda: TASKS[task](network),
         section="network",
         what=task,
         provider=provider,
-        shape=shape,
+        shape=network.shape,
         precision=precision,
     )
 
@@ -69,7 +68,7 @@ def test_inference(measure: Measure, precision: str, provider: str):
         section="network",
         what="inference of a recording",
         provider=provider,
-        shape=asdict(INFERRED),
+        shape=timed.shape,
         precision=precision,
     )
 
@@ -86,7 +85,7 @@ def test_prediction(measure: Measure):
         section="network",
         what="prediction of a timeline",
         provider="ours",
-        shape=asdict(size),
+        shape=network.shape,
     )
 
 

@@ -6,7 +6,7 @@ more than SHARE_OF_MEMORY of the free memory. The row is skipped then and says s
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 
@@ -50,7 +50,7 @@ def test_scaling(measure: Measure, task: str, by: str, axis: str, value: int):
         section="scaling",
         what=f"{task} against {axis.upper()}",
         provider=by,
-        shape=asdict(size),
+        shape=network.shape,
         most_rounds=ROUNDS,
     )
     benchmark = measure.benchmark
