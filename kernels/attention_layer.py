@@ -663,6 +663,7 @@ OPERATOR = Operator(
         unpack=_unpack,
         unsupported=unsupported_frames,
     ),
+    recomputed=True,  # autograd would keep 12 tensors of the size of x for every layer
 )
 
 
