@@ -71,9 +71,9 @@ def _masked_batch_norm_reference(
     scale = weight * torch.rsqrt(var + eps)
     out = torch.addcmul(bias.view(-1, 1, 1), deviation, scale.view(-1, 1, 1))
     if residual is not None:
-        out = out + residual
-    # ReLU last: autograd keeps its output, which whatever follows keeps as well.
-    out = torch.relu(out * real).to(x.dtype)
+        out += residual
+    # In place, and ReLU last: of all this autograd keeps the output alone, which whatever follows keeps as well.
+    out = out.mul_(real).relu_().to(x.dtype)
     total = out.sum(3, dtype=wide_dtype(x)) if frame_sum else wide.new_empty(0)
     return out, total, mean.detach().clone(), var.detach().clone()
 
