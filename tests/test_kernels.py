@@ -306,6 +306,15 @@ def test_backend_argument_beats_block_beats_automatic():
     assert kernels.current_backend() == "auto"
 
 
+def test_automatic_recomputes_the_attention_layer_where_it_would_keep_tensors():
+    op, args = operator("attention_layer"), arguments("attention_layer")
+    assert op.choose(args, None) == "recompute" and op.choose(args, "reference") == "reference"
+    with torch.no_grad():
+        assert op.choose(args, None) == "reference"
+    without = [a.detach() if isinstance(a, Tensor) else a for a in args]
+    assert op.choose(without, None) == "reference"
+
+
 def test_forced_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch):
     # Operators without a kernel; those that have one: tests/test_triton.py.
     for name in ("fusion_layer", "segment_mean"):
