@@ -15,7 +15,7 @@ from trgnet.files import replacing
 from . import device
 from .plots import draw
 from .providers import PROVIDERS
-from .report import Run, comparable, load, print_report
+from .report import Run, comparable, load, markdown, print_report
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
@@ -30,6 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     console = Console(width=150)
     try:
+        if options.show and options.markdown:
+            print(markdown(load(options.show), options.markdown.split(",")))
+            return 0
         if options.show:
             _report(load(options.show), options.show.with_suffix(""), options, console)
             return 0
@@ -64,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--show", type=Path, metavar="FILE", help="run nothing: print and draw this stored run"
+    )
+    parser.add_argument(
+        "--markdown", metavar="PROVIDERS", help="with --show: only a table of these providers, for a document"
     )
     parser.add_argument("--providers", help=f"comma-separated, of {', '.join(PROVIDERS)}")
     parser.add_argument(

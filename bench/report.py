@@ -179,6 +179,28 @@ def exponents_table(rows: Iterable[Row]) -> Table:
     return table
 
 
+def markdown(run: Run, providers: Sequence[str]) -> str:
+    """Medians in ms, and relative to the baseline's, as a table of Markdown; memory of networks too."""
+    lines = [["", *providers], ["---"] * (1 + len(providers))]
+    for (section, what, precision, _), members in _grouped(run.rows):
+        by = {row.info["provider"]: row for row in members}
+        base = by.get(BASELINE)
+        if base is None or section == "scaling":
+            continue
+        name = f"{section.partition(', ')[2]} of {what}" if ", " in section else what
+        times = {who: (1e3 * row.median, row.median / base.median) for who, row in by.items()}
+        lines.append([f"{name}, {precision}, ms", *(_pair(times.get(who)) for who in providers)])
+        if section == "network":
+            peaks = {who: row.info["peak_memory_bytes"] / 1e6 for who, row in by.items()}
+            pairs = {who: (peak, peak / peaks[BASELINE]) for who, peak in peaks.items()}
+            lines.append([f"{name}, {precision}, MB", *(_pair(pairs.get(who)) for who in providers)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _pair(values: tuple[float, float] | None) -> str:
+    return "" if values is None else f"{values[0]:.4g} ({values[1]:.2g})"
+
+
 def _grouped(rows: Sequence[Row]) -> list[tuple[tuple[str, ...], list[Row]]]:
     """By function and size, in the order of the first of each."""
     groups: dict[tuple[str, ...], list[Row]] = {}

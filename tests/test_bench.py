@@ -84,6 +84,18 @@ def test_a_stored_run_is_shown_beside_another_and_never_overwritten(stored, tmp_
     assert again.returncode == 2 and "exists" in again.stdout
 
 
+def test_a_stored_run_makes_a_table_for_documents(stored):
+    run = report.load(stored[0])
+    first, _, *lines = report.markdown(run, ("published", "ours")).splitlines()
+    assert first == "|  | published | ours |" and len(lines) == 3
+    by = {row.info["provider"]: row for row in run.rows if row.info["section"] == "metrics"}
+    line = next(line for line in lines if "few segments" in line)
+    ratio = by["ours"].median / by["published"].median
+    assert line.endswith(
+        f"{1e3 * by['published'].median:.4g} (1) | {1e3 * by['ours'].median:.4g} ({ratio:.2g}) |"
+    )
+
+
 def test_times_of_different_devices_are_not_compared(stored, tmp_path):
     other = json.loads(stored[0].read_text())
     other["machine_info"]["device"] = "another"
