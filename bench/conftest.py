@@ -35,7 +35,7 @@ _DEADLINE = pytest.StashKey[Deadline]()
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test with an argument `provider` or `precision` runs for each of them."""
-    if "provider" in metafunc.fixturenames and not hasattr(metafunc.function, "own_providers"):
+    if "provider" in metafunc.fixturenames:
         named = metafunc.config.getoption("--providers", default=None)
         default = PROVIDERS if device.ON_GPU else tuple(p for p in PROVIDERS if p != "compiled")
         metafunc.parametrize("provider", named.split(",") if named else default)

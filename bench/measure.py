@@ -55,7 +55,6 @@ class Measure:
         shape: Mapping[str, int],
         precision: str = "float32",
         cost: Cost | None = None,
-        most_rounds: int = MOST_ROUNDS,
         on_device: bool = True,
     ) -> None:
         """Time `function`, which has been checked.
@@ -66,7 +65,6 @@ class Measure:
             shape: sizes by their symbol.
             precision: one of PRECISIONS, or the dtype of what has no matrix products.
             cost: the least work, the same for every provider.
-            most_rounds: at most this many rounds; 1 for what changes its inputs for good.
             on_device: whether it computes with tensors: then caches are emptied before every round, and the peak of the
                 memory is measured, in a call of its own.
         """
@@ -85,7 +83,7 @@ class Measure:
             return
         peak = device.peak_memory(synchronised) if on_device else None  # warms up as well
         info["peak_memory_bytes"] = peak
-        rounds = _rounds(synchronised, most_rounds)
+        rounds = _rounds(synchronised)
         setup = device.evict_caches if on_device else None
         benchmark.pedantic(synchronised, setup=setup, rounds=rounds, warmup_rounds=1)
         times = benchmark.stats.stats.sorted_data
@@ -108,10 +106,11 @@ def rates(cost: Cost | None, seconds: float, precision: str) -> dict[str, float]
     }
 
 
-def _rounds(function: Callable[[], object], most: int) -> int:
+def _rounds(function: Callable[[], object]) -> int:
     started = time.perf_counter()
     function()
-    return max(min(most, FEWEST_ROUNDS), min(most, int(SECONDS_PER_ROW / (time.perf_counter() - started))))
+    fitting = int(SECONDS_PER_ROW / (time.perf_counter() - started))
+    return min(MOST_ROUNDS, max(FEWEST_ROUNDS, fitting))
 
 
 @lru_cache(maxsize=1)

@@ -26,19 +26,18 @@ AXES: dict[str, tuple[Size, tuple[int, ...]]] = {
 """Axis: the size that is varied along it, and the values there."""
 SCALED = ("published", "reference", "ours") if device.ON_GPU else ("published", "ours")
 TASKS = {"training step": Network.step, "inference": Network.infer}
-SECONDS_PER_CALL = 5.0 if device.ON_GPU else 8.0
+SECONDS_PER_CALL = 4.0
 SHARE_OF_MEMORY = 0.6
-ROUNDS = 10 if device.ON_GPU else 3
 
 _last: dict[tuple[str, str, str], tuple[int, float, int]] = {}
 """Of every series, the size that was measured last: value, seconds, bytes."""
 
 
+@pytest.mark.parametrize("by", SCALED)
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(
     "axis, value", [(axis, value) for axis, (_, values) in AXES.items() for value in values]
 )
-@pytest.mark.parametrize("by", SCALED)
-@pytest.mark.parametrize("task", TASKS)
 def test_scaling(measure: Measure, task: str, by: str, axis: str, value: int):
     size = replace(AXES[axis][0], **{axis: value})
     series = task, by, axis
@@ -51,7 +50,6 @@ def test_scaling(measure: Measure, task: str, by: str, axis: str, value: int):
         what=f"{task} against {axis.upper()}",
         provider=by,
         shape=network.shape,
-        most_rounds=ROUNDS,
     )
     benchmark = measure.benchmark
     benchmark.extra_info["axis"] = axis
