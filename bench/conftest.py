@@ -7,6 +7,8 @@ import os
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from trgnet.runs import versions
+
 from . import device
 from .measure import Deadline, Measure, run_facts
 from .providers import PRECISIONS, PROVIDERS
@@ -50,10 +52,9 @@ def measure(benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> Measure
 
 def pytest_benchmark_update_machine_info(config: object, machine_info: dict) -> None:
     """Add what decides a timing to the JSON file."""
-    packages = ("torch", "triton", "numpy", "pytest-benchmark")
     machine_info |= device.facts() | run_facts() | {
         "cores": os.cpu_count(),
-        "versions": {name: device.version(name) for name in packages},
+        "versions": versions(),
         "copy_bandwidth": device.copy_bandwidth(),
         "matrix_rate": {precision: device.matrix_rate(precision) for precision in PRECISIONS},
     }  # fmt: skip

@@ -8,12 +8,13 @@ import subprocess
 import time
 from collections.abc import Callable
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+
+from trgnet.runs import versions
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -112,16 +113,8 @@ def facts() -> dict[str, Any]:
         "driver": _driver(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "triton": version("triton"),
+        "triton": versions()["triton"],
     }
-
-
-def version(package: str) -> str | None:
-    """Of an installed package; None where it is not, as triton on platforms that it is not made for."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu_name() -> str:

@@ -20,6 +20,8 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 from trgnet.kernels import Cost
 
+from trgnet.runs import checkout_commit
+
 from . import device
 
 SECONDS_PER_ROW = 0.4 if device.ON_GPU else 1.0
@@ -116,15 +118,9 @@ def _rounds(function: Callable[[], object]) -> int:
 @lru_cache(maxsize=1)
 def run_facts() -> dict[str, Any]:
     """Date, and the commit that was measured, with "+" where files differ from it; None outside of a clone."""
-    folder = Path(__file__).parents[1]
-
-    def git(*arguments: str) -> str:
-        run = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True)
-        return run.stdout.strip()
-
-    try:
-        changed = "+" if git("status", "--porcelain", "-uno") else ""
-        commit = git("rev-parse", "--short=12", "HEAD") + changed
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
+    commit = checkout_commit()
+    if commit is not None:
+        status = ["git", "-C", Path(__file__).parents[1], "status", "--porcelain", "-uno"]
+        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
+        commit = commit[:12] + ("+" if changed else "")
     return {"commit": commit, "date": date.today().isoformat()}

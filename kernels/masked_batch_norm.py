@@ -81,7 +81,10 @@ def _masked_batch_norm_reference(
 def _statistics(
     x: Tensor, real: Tensor, total: Callable[[Tensor], Tensor] = lambda local: local
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance per channel, deviation from the mean on real frames; `total` makes sums over all processes of those of this one."""
+    """Mean and biased variance per channel, and the deviation from the mean, 0 on padding.
+
+    `total` makes sums over all processes of those of this one.
+    """
     count = total(real.sum() * x.shape[2]).clamp(min=1)
     with without_autocast(x):
         # A sum over frames as a matrix product writes no tensor of the size of x.

@@ -94,7 +94,7 @@ class RunInfo(BaseModel):
             pos_weight=pos_weight,
             class_weights=class_weights,
             versions=versions(),
-            commit=_commit(),
+            commit=checkout_commit(),
             created=datetime.now().astimezone().isoformat(timespec="seconds"),
         )
 
@@ -122,7 +122,7 @@ def versions() -> dict[str, str]:
     return {"trgnet": __version__, "python": platform.python_version(), **installed}
 
 
-def _commit() -> str | None:
+def checkout_commit() -> str | None:
     """The commit of the checkout that this package runs from; None when it is installed elsewhere."""
     checkout = Path(__file__).resolve().parent.parent
     if not (checkout / ".git").exists():
