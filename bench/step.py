@@ -19,7 +19,7 @@ from trgnet.text import TextPrior
 
 from . import published
 from .agreement import Results
-from .device import DEVICE, ON_GPU
+from .device import DEVICE
 from .operators import Size
 from .providers import BACKENDS, compiled, precision_of
 
@@ -68,7 +68,7 @@ class Network:
         self.joint_graph = prior.joint_graph().to(DEVICE, dtype)
         self.criterion = TRGLoss(prior, pos_weight=POS_WEIGHT).to(DEVICE, dtype)
         if training:
-            fused = ON_GPU and provider != "published"
+            fused = provider != "published"  # as trgnet's trainer
             self.optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-3, fused=fused)
 
     @property

@@ -42,10 +42,10 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Build an optimizer of ``torch.optim`` or of this package.
 
-    What an optimizer has no use for is ignored. On a GPU its step is fused and waits for nothing: the learning rate is a tensor there, which a
-    schedule fills in place, and a step with gradients that overflowed in float16 is skipped on the device. Those of this package
-    need Triton for that; without it they work on lists of tensors, and in float16 torch's GradScaler waits for the
-    device before each of their steps.
+    What an optimizer has no use for is ignored. Torch's own are fused. On a GPU a step waits for nothing: the learning rate
+    is a tensor there, which a schedule fills in place, and a step with gradients that overflowed in float16 is skipped on the
+    device. Those of this package need Triton for that, and are fused then; without it they work on lists of tensors, and in
+    float16 torch's GradScaler waits for the device before each of their steps.
 
     Args:
         params: parameters or, as every optimizer of torch takes them, groups of lists of them.
@@ -83,14 +83,13 @@ def build_optimizer(
             "gated_smes": {**gated, "beta2": betas[1], "eps": eps, "alpha": alphas or alpha},
         }[name]
         return _moment_optimizer(params, name, lr, on_gpu, weight_decay=weight_decay, **options)
-    fused = {"fused": True} if on_gpu else {}
     if name == "sgd":
-        optimizer = torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, **fused)
+        optimizer = torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
     elif name in ("adam", "adamw"):
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
         capturable = capturable and on_gpu
         optimizer = kind(
-            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, capturable=capturable, **fused
+            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, capturable=capturable, fused=True
         )
         optimizer._warned_capturable_if_run_uncaptured = True  # steps of either kind are meant
     else:

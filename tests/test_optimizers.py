@@ -50,9 +50,19 @@ def step(
 @pytest.mark.parametrize(
     ("name", "theirs"),
     [
-        ("adam", lambda p, wd: torch.optim.Adam(p, lr=0.1, betas=(0.8, 0.95), eps=0.1, weight_decay=wd)),
-        ("adamw", lambda p, wd: torch.optim.AdamW(p, lr=0.1, betas=(0.8, 0.95), eps=0.1, weight_decay=wd)),
-        ("sgd", lambda p, wd: torch.optim.SGD(p, lr=0.1, momentum=0.7, weight_decay=wd)),
+        (
+            "adam",
+            lambda p, wd: torch.optim.Adam(
+                p, lr=0.1, betas=(0.8, 0.95), eps=0.1, weight_decay=wd, fused=True
+            ),
+        ),
+        (
+            "adamw",
+            lambda p, wd: torch.optim.AdamW(
+                p, lr=0.1, betas=(0.8, 0.95), eps=0.1, weight_decay=wd, fused=True
+            ),
+        ),
+        ("sgd", lambda p, wd: torch.optim.SGD(p, lr=0.1, momentum=0.7, weight_decay=wd, fused=True)),
         ("lcam", lambda p, wd: LCAM(p, lr=0.1, momenta=(0.7, 0.8), weight_decay=wd, **GATE)),
         ("smes", lambda p, wd: SMES(p, lr=0.1, betas=(0.8, 0.95), eps=0.1, alpha=0.3, weight_decay=wd)),
         (
@@ -219,7 +229,7 @@ def test_a_state_continues_on_another_kind_of_device(name: str, monkeypatch: pyt
                     param.copy_(weight)
             load_training_state(schedule, state)
         assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor) == on_gpu
-        assert bool(optimizer.param_groups[0]["fused"]) == on_gpu
+        assert bool(optimizer.param_groups[0]["fused"]) == (on_gpu or name in ("adam", "adamw", "sgd"))
         used += steps(params, optimizer, schedule)
         saved = io.BytesIO()
         torch.save(training_state(schedule), saved)
