@@ -34,7 +34,7 @@ kernel with the products and the sums of up to four weights' gradients in a loop
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as functional
@@ -44,11 +44,21 @@ from torch import Tensor
 from .dilated_conv import (
     conv_backward_frames,
     dilated_conv,
+    dilated_conv_gradients,
     dilation_arguments,
     launch_dilated_conv_backward,
     load_dilated_weights,
 )
-from .dropout import check_probability, dropout, dropout_arguments, dropout_rows, dropped
+from .dropout import (
+    check_probability,
+    dropout,
+    dropout_arguments,
+    dropout_kept,
+    dropout_rows,
+    dropout_scale,
+    dropped,
+    only,
+)
 from .frame_statistics import of_sequence, store_sequence_part, with_tile
 from .frame_tiles import (
     PROGRAMS,
@@ -80,7 +90,7 @@ from .launch import (
     unit,
 )
 from .operator import Fused, Operator, check_mask, check_shapes
-from .pointwise import pointwise
+from .pointwise import pointwise, pointwise_input_gradient, pointwise_parameter_gradients
 from .precision import widened, without_autocast
 
 NORM_EPS = 1e-5
@@ -147,6 +157,204 @@ def _flops(x: Tensor, mask: Tensor, source: Optional[Tensor], *rest: object) -> 
     heads = rest[12]
     products = 2 * features * features * (3 + 5) + 4 * features * (features // heads) + 2 * features
     return n * t * products, 2 * n * t * products
+
+
+def _analytic_forward(
+    x: Tensor,
+    mask: Tensor,
+    source: Optional[Tensor],
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    query_key_weight: Tensor,
+    query_key_bias: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    attention_weight: Tensor,
+    attention_bias: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    seeds: Optional[Tensor],
+    dilation: int,
+    heads: int,
+    scale: float,
+    attention_dropout: float,
+    output_dropout: float,
+) -> tuple[Optional[Tensor], ...]:
+    real = mask.to(x.dtype)
+    attention_kept, output_kept = dropout_kept(x, (attention_dropout, output_dropout), seeds)
+    o = functional.conv1d(x, conv_weight, conv_bias, padding=dilation, dilation=dilation).relu_()
+    h, rstd = _instance_normalised(o, real)
+    query_key = pointwise(h, query_key_weight, query_key_bias).sigmoid_()
+    query_key.chunk(2, 1)[1].mul_(real)
+    # What scales a branch scales its weights instead.
+    scale *= dropout_scale(attention_dropout, seeds)
+    output_scale = dropout_scale(output_dropout, seeds)
+    values_of = h if source is None else source
+    attended = _attended(values_of, query_key, value_weight, value_bias, scale * attention_weight, heads)
+    share = _shares(query_key, attended.normaliser)
+    r = only(pointwise(share, attended.weight, scale * attention_bias), attention_kept).add_(o)
+    out = only(pointwise(r, output_scale * output_weight, output_scale * output_bias), output_kept)
+    return out.add_(x).mul_(real), o, rstd, query_key, *attended, r, attention_kept, output_kept
+
+
+def _analytic_backward(
+    grad: Tensor,
+    x: Tensor,
+    mask: Tensor,
+    source: Optional[Tensor],
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    query_key_weight: Tensor,
+    query_key_bias: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    attention_weight: Tensor,
+    attention_bias: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    seeds: Optional[Tensor],
+    dilation: int,
+    heads: int,
+    scale: float,
+    attention_dropout: float,
+    output_dropout: float,
+    o: Tensor,
+    rstd: Tensor,
+    query_key: Tensor,
+    key_sum: Tensor,
+    moment: Tensor,
+    per_head: Tensor,
+    weight: Tensor,
+    keys: Tensor,
+    normaliser: Tensor,
+    r: Tensor,
+    attention_kept: Optional[Tensor],
+    output_kept: Optional[Tensor],
+    needed: Sequence[bool],
+) -> tuple[Optional[Tensor], ...]:
+    real = mask.to(x.dtype)
+    h = _deviation(o, real).mul_(rstd)
+    query, key = query_key.chunk(2, 1)
+    values_of = h if source is None else source
+    scale *= dropout_scale(attention_dropout, seeds)
+    output_scale = dropout_scale(output_dropout, seeds)
+    scaled_weight = scale * attention_weight
+    share = _shares(query_key, normaliser)
+
+    grad = grad * real
+    g = grad if output_kept is None else grad * output_kept
+    grad_output_weight, grad_output_bias = (output_scale * d for d in pointwise_parameter_gradients(g, r))
+    gr = pointwise_input_gradient(g, output_scale * output_weight)
+    ga = gr if attention_kept is None else gr * attention_kept
+    grad_inner_weight, grad_attention_bias = torch.bmm(ga, share.mT), scale * ga.sum((0, 2))
+
+    # From the shares to Q and to the sum of the keys of each head.
+    grad_query = torch.bmm(weight.mT, ga).unflatten(1, (heads, -1)).div_(normaliser.unsqueeze(2))
+    grad_normaliser = share.unflatten(1, (heads, -1)).mul_(grad_query).sum(2).neg_()
+    grad_query = torch.baddbmm(grad_query.flatten(1, 2), keys.mT, grad_normaliser)
+    one_head = _one_head(x, heads)
+    grad_key_sum = (torch.bmm(grad_normaliser, query.mT) * one_head).sum(1)  # (N, F)
+
+    # Through matrices (N, F, F) to K and to what the values are of.
+    grad_attention_weight = scale * torch.bmm(grad_inner_weight, per_head.mT).sum(0)
+    grad_per_head = pointwise_input_gradient(grad_inner_weight, scaled_weight).mul_(one_head.mT @ one_head)
+    grad_value_weight = torch.bmm(grad_per_head, moment.mT).sum(0)
+    grad_value_bias = torch.bmm(grad_per_head, key_sum).sum((0, 2))
+    grad_moment = pointwise_input_gradient(grad_per_head, value_weight)
+    grad_key_sum += value_bias @ grad_per_head
+    grad_key = torch.baddbmm(grad_key_sum.unsqueeze(2), grad_moment.mT, values_of)
+    grad_values_of = torch.bmm(grad_moment, key)
+
+    gp = torch.empty_like(query_key)
+    for half, gradient, value in zip(gp.chunk(2, 1), (grad_query, grad_key), (query, key)):
+        torch.ops.aten.sigmoid_backward.grad_input(gradient, value, grad_input=half)
+    of_query_key = pointwise_parameter_gradients(gp, h)
+    gh = pointwise_input_gradient(gp, query_key_weight)
+    grad_source = None if source is None else grad_values_of
+    if source is None:
+        gh.add_(grad_values_of)
+
+    # On padded frames gh and h are 0, as g and K are.
+    totals = gh.sum(2), torch.linalg.vecdot(gh, h, dim=2)
+    mean, along = (total.unsqueeze(2) / _frames_of(real) for total in totals)
+    gz = gh.addcmul_(h, along, value=-1).sub_(mean).mul_(rstd * real).add_(gr)
+    torch.ops.aten.threshold_backward.grad_input(gz, o, 0.0, grad_input=gz)
+    grad_x, grad_conv_weight, grad_conv_bias = dilated_conv_gradients(gz, x, conv_weight, dilation)
+    return (
+        grad_x.add_(grad), grad_source, grad_conv_weight, grad_conv_bias, *of_query_key, grad_value_weight,
+        grad_value_bias, grad_attention_weight, grad_attention_bias, grad_output_weight, grad_output_bias,
+    )  # fmt: skip
+
+
+class _Attended(NamedTuple):
+    """Attention as one matrix per sequence that is applied to shares of the queries: S Q / D = S (Q / D).
+
+    The values are projected behind the sum over time, sum_t (Wv s + bv) K^T = Wv sum_t s K^T + bv k^T, and the matrix is
+    multiplied with the projection behind the attention, so that no frame has a value of its own.
+    """
+
+    key_sum: Tensor
+    """(N, F, 1): k without its 1e-6."""
+    moment: Tensor
+    """(N, F, F): sum_t s K^T."""
+    per_head: Tensor
+    """(N, F, F): S, zero between heads."""
+    weight: Tensor
+    """(N, F, F): Wo S."""
+    keys: Tensor
+    """(N, heads, F): k of each head, zero elsewhere."""
+    normaliser: Tensor
+    """(N, heads, T): D."""
+
+
+def _attended(
+    values_of: Tensor,
+    query_key: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    attention_weight: Tensor,
+    heads: int,
+) -> _Attended:
+    query, key = query_key.chunk(2, 1)
+    one_head = _one_head(query, heads)
+    key_sum = key.sum(2, keepdim=True)
+    moment = torch.bmm(values_of, key.mT)
+    per_head = torch.baddbmm(
+        value_bias.unsqueeze(1) * key_sum.mT, value_weight.expand_as(moment), moment
+    ).mul_(one_head.mT @ one_head)
+    weight = torch.bmm(attention_weight.expand_as(per_head), per_head)
+    keys = one_head * (key_sum + ATTENTION_EPS).mT
+    return _Attended(key_sum, moment, per_head, weight, keys, torch.bmm(keys, query))
+
+
+def _shares(query_key: Tensor, normaliser: Tensor) -> Tensor:
+    """Q / D, (N, F, T)."""
+    query = query_key[:, : query_key.shape[1] // 2].unflatten(1, (normaliser.shape[1], -1))
+    return (query / normaliser.unsqueeze(2)).flatten(1, 2)
+
+
+def _one_head(like: Tensor, heads: int) -> Tensor:
+    """(heads, F): which features each head has."""
+    identity = torch.eye(heads, dtype=like.dtype, device=like.device)
+    return identity.repeat_interleave(like.shape[1] // heads, dim=1)
+
+
+def _instance_normalised(o: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """h, and 1 / sqrt(var + 1e-5), (N, F, 1)."""
+    h = _deviation(o, real)
+    var = torch.linalg.vector_norm(h, dim=2, keepdim=True).square_() / _frames_of(real)
+    rstd = torch.rsqrt(var + NORM_EPS)
+    return h.mul_(rstd), rstd
+
+
+def _deviation(o: Tensor, real: Tensor) -> Tensor:
+    """From the mean over real frames, 0 on padded ones."""
+    return torch.sub(o, torch.bmm(o, real.mT) / _frames_of(real)).mul_(real)
+
+
+def _frames_of(real: Tensor) -> Tensor:
+    """Number of real frames of each sequence, (N, 1, 1), at least 1."""
+    return real.sum(2, keepdim=True).clamp(min=1)
 
 
 @device_function
@@ -663,7 +871,13 @@ OPERATOR = Operator(
         unpack=_unpack,
         unsupported=unsupported_frames,
     ),
-    recomputed=True,  # autograd would keep 12 tensors of the size of x for every layer
+    analytic=Fused(
+        _analytic_forward,
+        _analytic_backward,
+        differentiable=(0, 2, *range(3, 13)),
+        saved=tuple(range(1, 13)),
+        kept=12,
+    ),
 )
 
 

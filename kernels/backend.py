@@ -1,20 +1,22 @@
 """Which implementation of an operator runs.
 
-Every operator has up to three implementations of one function:
+Every operator has up to four implementations of one function:
 
 ``reference``
     Plain PyTorch, differentiated by autograd. Runs on every device and in every dtype.
 ``recompute``
     The reference behind one opaque ``torch.library`` op that keeps only its inputs and evaluates the
     reference again in the backward pass: less memory for more arithmetic.
+``analytic``
+    PyTorch operations with the gradient written out, for CPUs, where that pays: in place, without the tensors that
+    autograd would keep. In float32 and float64, without autocast.
 ``triton``
     A fused GPU kernel, where one exists.
 
 ``auto`` takes the Triton kernel where the operator has one, all its tensors are on a GPU and the kernel can take
-them, and the reference otherwise; but where a gradient is needed and the code is not compiled, it recomputes the
-attention layer, which would keep twelve tensors of the size of its input. Recomputed operators can be differentiated
-once only: force the reference for second derivatives and for torch.func. A forced backend never falls back: where it
-cannot run, it raises :class:`BackendError`.
+them; else the analytic passes, where the operator has them, they can take the tensors, and the code is not compiled; else
+the reference. Only the reference can be differentiated twice: force it for second derivatives and for torch.func. A forced
+backend never falls back: where it cannot run, it raises :class:`BackendError`.
 
 The choice is made, in this order, by the ``backend`` argument of the operator, by the innermost
 :func:`use_backend` block, by the environment variable ``TRGNET_BACKEND`` (read at import), by ``auto``.
@@ -26,7 +28,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-BACKENDS = ("auto", "reference", "recompute", "triton")
+BACKENDS = ("auto", "reference", "recompute", "analytic", "triton")
 
 
 class BackendError(RuntimeError):

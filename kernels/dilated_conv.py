@@ -15,6 +15,7 @@ is h, gz is computed on the way from the gradient gr behind the norm's residual 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .frame_tiles import (
@@ -30,6 +31,13 @@ from .frame_tiles import (
     warps,
 )
 from .launch import device_function, kernel, launch, target_of, tl, unit
+
+
+def dilated_conv_gradients(gz: Tensor, x: Tensor, weight: Tensor, d: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``torch.nn.functional.conv1d(x, weight, bias, padding=d, dilation=d)`` by x, weight and bias."""
+    return torch.ops.aten.convolution_backward(
+        gz, x, weight, [len(weight)], [1], [d], [d], False, [0], 1, [True, True, True]
+    )
 
 
 @device_function

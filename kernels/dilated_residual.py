@@ -28,11 +28,21 @@ from .dilated_conv import (
     conv_backward_frames,
     dilated_conv,
     dilated_conv_by_taps,
+    dilated_conv_gradients,
     dilation_arguments,
     launch_dilated_conv_backward,
     load_dilated_weights,
 )
-from .dropout import check_probability, dropout, dropout_arguments, dropout_rows, dropped
+from .dropout import (
+    check_probability,
+    dropout,
+    dropout_arguments,
+    dropout_kept,
+    dropout_rows,
+    dropout_scale,
+    dropped,
+    only,
+)
 from .frame_tiles import (
     load_frames,
     load_matrix,
@@ -50,7 +60,7 @@ from .frame_tiles import (
 )
 from .launch import kernel, launch, launchable, rows, tl
 from .operator import Fused, Operator, check_mask, check_shapes
-from .pointwise import pointwise
+from .pointwise import pointwise, pointwise_input_gradient, pointwise_parameter_gradients
 
 
 def _dilated_residual_reference(
@@ -71,6 +81,49 @@ def _dilated_residual_reference(
 def _flops(x: Tensor, *_: object) -> tuple[int, int]:
     n, features, t = x.shape
     return 8 * n * t * features * features, 16 * n * t * features * features
+
+
+def _analytic_forward(
+    x: Tensor,
+    mask: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    seed: Optional[Tensor],
+    dilation: int,
+    p: float,
+) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+    (kept,) = dropout_kept(x, (p,), None if seed is None else seed.unsqueeze(0))
+    h = functional.conv1d(x, conv_weight, conv_bias, padding=dilation, dilation=dilation).relu_()
+    scale = dropout_scale(p, seed)
+    out = only(pointwise(h, scale * output_weight, scale * output_bias), kept)
+    return out.add_(x).mul_(mask.to(x.dtype)), h, kept
+
+
+def _analytic_backward(
+    grad: Tensor,
+    x: Tensor,
+    mask: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    seed: Optional[Tensor],
+    dilation: int,
+    p: float,
+    h: Tensor,
+    kept: Optional[Tensor],
+    needed: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad = grad * mask.to(x.dtype)
+    g = grad if kept is None else grad * kept
+    scale = dropout_scale(p, seed)
+    grad_output_weight, grad_output_bias = (scale * d for d in pointwise_parameter_gradients(g, h))
+    gz = pointwise_input_gradient(g, scale * output_weight)
+    torch.ops.aten.threshold_backward.grad_input(gz, h, 0.0, grad_input=gz)
+    grad_x, grad_conv_weight, grad_conv_bias = dilated_conv_gradients(gz, x, conv_weight, dilation)
+    return grad_x.add_(grad), grad_conv_weight, grad_conv_bias, grad_output_weight, grad_output_bias
 
 
 @kernel
@@ -214,6 +267,9 @@ OPERATOR = Operator(
     _flops,
     Fused(
         _forward, _backward, differentiable=(0, 2, 3, 4, 5), unpack=_unpack, unsupported=unsupported_frames
+    ),
+    analytic=Fused(
+        _analytic_forward, _analytic_backward, differentiable=(0, 2, 3, 4, 5), saved=(1, 2), kept=2
     ),
 )
 

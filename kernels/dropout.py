@@ -14,6 +14,9 @@ implementation on any device can draw the same one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +36,39 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     row = _rows(seed, x.shape[0] * x.shape[1]).view(*x.shape[:2], 1)
     frame = hash_bits(torch.arange(x.shape[2], dtype=torch.int32, device=x.device) + _FRAME_OFFSET)
     return x * _scaled_mask(hash_bits(row ^ frame), p, x.dtype)
+
+
+def dropout_kept(x: Tensor, probabilities: Sequence[float], seeds: Tensor | None) -> list[Tensor | None]:
+    """Which elements of ``x`` (N, C, T) each of several dropouts keeps, as uint8; None for one that is off.
+
+    ``seeds`` (S,) belong to the S probabilities. On a CPU only. What is kept is yet to be scaled, see
+    :func:`dropout_scale`.
+    """
+    if seeds is None or not any(probabilities):
+        return [None] * len(probabilities)
+    n, c, t = x.shape
+    # Vectors as short as these cost what their calls cost: numpy's a tenth of torch's.
+    seeds = seeds.numpy().astype(np.uint64)
+    keys = lowbias32(lowbias32(seeds.astype(np.uint32)) ^ (seeds >> 32).astype(np.uint32))
+    rows, frame = lowbias32(keys[:, None] ^ np.arange(n * c, dtype=np.uint32)), np.arange(t, dtype=np.uint32)
+    # The first step of a hash is linear, that of a xor is the xor of both.
+    rows, frame = (
+        torch.from_numpy((x ^ (x >> 16)).view(np.int32)) for x in (rows, lowbias32(frame + _FRAME_OFFSET))
+    )
+    return [
+        None if p == 0.0 else _rest_of_hash(row.view(n, c, 1) ^ frame).ge_(_threshold(p)).to(torch.uint8)
+        for row, p in zip(rows, probabilities)
+    ]
+
+
+def only(x: Tensor, kept: Tensor | None) -> Tensor:
+    """x in place, zero where :func:`dropout_kept` says that it is not kept."""
+    return x if kept is None else x.mul_(kept)
+
+
+def dropout_scale(p: float, seed: Tensor | None) -> float:
+    """1 / (1 - p), or 1 where dropout is off."""
+    return 1.0 if seed is None else 1.0 / (1.0 - p)
 
 
 def channel_mask(n: int, c: int, p: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -62,11 +98,14 @@ def dropped(x, rows, t, threshold, scale):
     return tl.where(bits.to(tl.int32, bitcast=True) >= threshold, x * tl.cast(scale, tl.float32), 0.0)
 
 
-@device_function
-def kernel_hash(x):
+def lowbias32(x):
+    """The hash of uint32 numbers, of numpy or of a kernel."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
+
+
+kernel_hash = device_function(lowbias32)
 
 
 def check_probability(operator_name: str, name: str, p: float) -> None:
@@ -98,6 +137,11 @@ def _threshold(p: float) -> int:
 
 def hash_bits(x: Tensor) -> Tensor:
     """lowbias32 on int32 tensors; the masks make torch's arithmetic right shift a logical one."""
-    x = (x >> 16).bitwise_and_(0xFFFF).bitwise_xor_(x).mul_(0x7FEB352D)
+    return _rest_of_hash((x >> 16).bitwise_and_(0xFFFF).bitwise_xor_(x))
+
+
+def _rest_of_hash(x: Tensor) -> Tensor:
+    """lowbias32 but for its first step."""
+    x.mul_(0x7FEB352D)
     x = (x >> 15).bitwise_and_(0x1FFFF).bitwise_xor_(x).mul_(0x846CA68B - 2**32)
     return (x >> 16).bitwise_and_(0xFFFF).bitwise_xor_(x)

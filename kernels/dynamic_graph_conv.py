@@ -63,6 +63,7 @@ from .launch import (
 from .operator import Fused, Operator, check_mask, check_shapes
 
 BLOCK_ELEMENTS = 1 << 21  # elements of the frame-level graph that exist at a time in the reference
+CACHED_ELEMENTS = 1 << 16  # and in the analytic passes
 
 
 def _dynamic_graph_conv_reference(
@@ -102,6 +103,84 @@ def _flops(x: Tensor, graph: Tensor, *_: object) -> tuple[int, int]:
     # Forward: per pair of joints three operations for the frame graph, per channel one addition and one
     # multiply-add. Backward: the same transposed for x, and a multiply-add each for graph and frame graph.
     return pairs * (3 + 3 * features), pairs * (8 + 7 * features)
+
+
+def _analytic_forward(
+    x: Tensor, graph: Tensor, beta: Tensor, bias: Optional[Tensor], mask: Optional[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, channels, v, t = x.shape
+    z = x.new_empty(n, channels - 2, v, t)
+    for x_n, graph_n, z_n in zip(x, graph, z):
+        value, relations = x_n.split([channels - 2, 2])
+        # A biased copy of x would cost more than what the bias adds to each sum.
+        if bias is None:
+            torch.bmm(graph_n, value, out=z_n)
+        else:
+            torch.baddbmm(graph_n.sum(2, keepdim=True) * bias[:-2].view(-1, 1, 1), graph_n, value, out=z_n)
+        for frames in _blocks(t, v):
+            s = _saturated(relations, bias, frames).mul_(beta)
+            z_n[..., frames].add_(torch.bmm(_values(value, bias, frames), s).permute(1, 2, 0))
+    return z, x.new_empty(0), x.new_empty(0)
+
+
+def _analytic_backward(
+    grad: Tensor,
+    x: Tensor,
+    graph: Tensor,
+    beta: Tensor,
+    bias: Optional[Tensor],
+    mask: Optional[Tensor],
+    needed: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, features, v, t = grad.shape
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_graph = torch.empty_like(graph, memory_format=torch.contiguous_format)
+    grad_beta = torch.zeros_like(beta)
+    for x_n, graph_n, grad_n, grad_x_n, grad_graph_n in zip(x, graph, grad, grad_x, grad_graph):
+        value, relations = x_n.split([features, 2])
+        grad_value, grad_relations = grad_x_n.split([features, 2])
+        torch.bmm(graph_n.mT, grad_n, out=grad_value)
+        torch.bmm(grad_n, value.mT, out=grad_graph_n)
+        if bias is not None:
+            grad_graph_n += grad_n.sum(2, keepdim=True) * bias[:-2].view(-1, 1, 1)
+        for frames in _blocks(t, v):
+            s, g = _saturated(relations, bias, frames), _frames_first(grad_n, frames)
+            grad_value[..., frames].add_(torch.bmm(g, (beta * s).mT).permute(1, 2, 0))
+            grad_frame = torch.bmm(_values(value, bias, frames).mT, g)  # (t, v, u)
+            grad_beta += torch.dot(s.flatten(), grad_frame.flatten())
+            a = torch.ops.aten.tanh_backward.grad_input(grad_frame, s, grad_input=s).mul_(beta)
+            grad_relations[0, :, frames] = a.sum(1).mT
+            grad_relations[1, :, frames] = a.sum(2).neg_().mT
+    return grad_x, grad_graph, grad_beta, None if bias is None else grad_x.sum(3).sum((0, 2))
+
+
+def _blocks(t: int, v: int) -> list[slice]:
+    """Blocks of frames whose graphs stay in a core's cache."""
+    frames = max(1, CACHED_ELEMENTS // (v * v))
+    return [slice(start, min(start + frames, t)) for start in range(0, t, frames)]
+
+
+def _frames_first(x: Tensor, frames: slice) -> Tensor:
+    """A copy (F, V, T) -> (t, F, V)."""
+    return x[..., frames].permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+
+
+def _values(value: Tensor, bias: Tensor | None, frames: slice) -> Tensor:
+    """y of one sequence, (t, F, V)."""
+    y = _frames_first(value, frames)
+    if bias is not None:  # over rows of all channels and joints, which are long
+        y.flatten(1).add_(bias[:-2].repeat_interleave(y.shape[2]))
+    return y
+
+
+def _saturated(relations: Tensor, bias: Tensor | None, frames: slice) -> Tensor:
+    """s of one sequence, transposed: (t, v, u)."""
+    y = _frames_first(relations, frames)  # a difference of transposed tensors would be a transposed one
+    if bias is not None:
+        y.add_(bias[-2:].unsqueeze(1))
+    # tanh(x) = 2 sigmoid(2 x) - 1 takes a third of the time of torch.tanh on a CPU.
+    received, sent = y.mul_(2).split(1, 1)
+    return (received - sent.mT).sigmoid_().mul_(2).sub_(1)
 
 
 @device_function
@@ -484,6 +563,7 @@ OPERATOR = Operator(
     _flops,
     Fused(_forward, _backward, differentiable=(0, 1, 2, 3), narrowed=(0,), unsupported=_unsupported),
     statistics=2,
+    analytic=Fused(_analytic_forward, _analytic_backward, differentiable=(0, 1, 2, 3)),
 )
 
 

@@ -27,7 +27,16 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from .dropout import check_probability, dropout, dropout_arguments, dropout_rows, dropped
+from .dropout import (
+    check_probability,
+    dropout,
+    dropout_arguments,
+    dropout_kept,
+    dropout_rows,
+    dropout_scale,
+    dropped,
+    only,
+)
 from .frame_tiles import (
     load_frames,
     load_matrix,
@@ -45,7 +54,7 @@ from .frame_tiles import (
 )
 from .launch import device_function, kernel, launch, launchable, planes, rows, target_of, tl, unit
 from .operator import Fused, Operator, check_mask, check_shapes
-from .pointwise import pointwise
+from .pointwise import pointwise, pointwise_input_gradient, pointwise_parameter_gradients
 
 
 def _fusion_layer_reference(
@@ -66,6 +75,48 @@ def _fusion_layer_reference(
 def _flops(x: Tensor, *_: object) -> tuple[int, int]:
     n, features, t = x.shape
     return 4 * n * t * features * features, 8 * n * t * features * features
+
+
+def _analytic_forward(
+    x: Tensor,
+    spatial: Tensor,
+    mask: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    seed: Optional[Tensor],
+    p: float,
+) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+    (kept,) = dropout_kept(x, (p,), None if seed is None else seed.unsqueeze(0))
+    z = pointwise(x, weight1, bias1).add_(spatial)
+    out = pointwise(only(functional.gelu(z), kept), dropout_scale(p, seed) * weight2, bias2)
+    return out.add_(x).mul_(mask.to(x.dtype)), z, kept
+
+
+def _analytic_backward(
+    grad: Tensor,
+    x: Tensor,
+    spatial: Tensor,
+    mask: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    seed: Optional[Tensor],
+    p: float,
+    z: Tensor,
+    kept: Optional[Tensor],
+    needed: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    scale = dropout_scale(p, seed)
+    g = grad * mask.to(x.dtype)
+    grad_weight2, grad_bias2 = pointwise_parameter_gradients(g, only(functional.gelu(z), kept))
+    gz = only(pointwise_input_gradient(g, scale * weight2), kept)
+    torch.ops.aten.gelu_backward.grad_input(gz, z, grad_input=gz)
+    grad_weight1, grad_bias1 = pointwise_parameter_gradients(gz, x)
+    grad_x = pointwise_input_gradient(gz, weight1).add_(g)
+    return grad_x, gz, grad_weight1, grad_bias1, grad_weight2.mul_(scale), grad_bias2
 
 
 @device_function
@@ -254,6 +305,9 @@ OPERATOR = Operator(
     _flops,
     Fused(
         _forward, _backward, differentiable=(0, 1, 3, 4, 5, 6), unpack=_unpack, unsupported=unsupported_frames
+    ),
+    analytic=Fused(
+        _analytic_forward, _analytic_backward, differentiable=(0, 1, 3, 4, 5, 6), saved=(1, 2), kept=2
     ),
 )
 

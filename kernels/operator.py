@@ -3,8 +3,8 @@
 An operator is one mathematical function with a plain reference, a count of its work and a ``torch.library`` op
 of the same name (``torch.ops.trgnet.NAME``) with a fake implementation and autograd; one that works in place
 has neither outputs nor autograd. Where it has Triton kernels, ``torch.ops.trgnet.NAME_triton`` launches them and
-``NAME_triton_backward`` those of the gradient. Its file reads: formula and shapes, reference, FLOPs, kernels, public
-function.
+``NAME_triton_backward`` those of the gradient. Its file reads: formula and shapes, reference, FLOPs, passes in PyTorch with
+the gradient written out where it has them, kernels, public function.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from .backend import BackendError, checked_backend, current_backend
@@ -37,10 +38,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Fused:
-    """The Triton implementation of an operator: functions of tensors that launch kernels.
+    """An implementation of an operator by two passes of its own, of Triton kernels or of PyTorch operations.
 
-    They are annotated, run on fake tensors (where they only allocate, see :func:`.launch.launchable`), and are called
-    with autocast switched off.
+    They are functions of tensors, called with autocast switched off. Those that launch kernels are annotated and run on
+    fake tensors too (where they only allocate, see :func:`.launch.launchable`).
     """
 
     forward: Callable[..., Any]
@@ -73,11 +74,11 @@ class Operator:
             underscore and ``_reference``) the op's name. It returns a tensor or a tuple of tensors, runs on meta
             tensors, and draws no random numbers of its own (dropout takes a seed, see :mod:`.dropout`).
         flops: Called with the same arguments; returns (forward, backward) floating-point operations.
-        triton: The fused implementation; None where there is none.
+        triton: The implementation by kernels; None where there is none.
+        analytic: That by PyTorch operations with the gradient written out; None where there is none.
         statistics: How many of the outputs, the last ones, are by-products without a gradient.
         mutates: Names of the arguments that are changed in place. Such an operator returns nothing and has no
             gradient.
-        recomputed: Whether "auto" recomputes it where it would take the reference and a gradient is needed.
     """
 
     def __init__(
@@ -87,15 +88,15 @@ class Operator:
         triton: Fused | None = None,
         statistics: int = 0,
         mutates: tuple[str, ...] = (),
-        recomputed: bool = False,
+        analytic: Fused | None = None,
     ) -> None:
         self.name = reference.__name__.removeprefix("_").removesuffix("_reference")
         self.reference = reference
         self.triton = triton
+        self.analytic = analytic
         self.statistics = statistics
         self._flops = flops
         self._mutates = mutates
-        self._recomputed = recomputed
         if mutates:
             self.op = _register_in_place(self.name, reference, mutates)
             self.triton_op = (
@@ -109,26 +110,25 @@ class Operator:
     @property
     def backends(self) -> tuple[str, ...]:
         """The backends that this operator can be forced to."""
-        return ("reference", "recompute") + (("triton",) if self.triton else ())
+        own = {"analytic": self.analytic, "triton": self.triton}
+        return ("reference", "recompute", *(name for name, passes in own.items() if passes))
 
     def choose(self, args: Sequence[Any], forced: str | None) -> str:
         """Return the backend that a call with these arguments runs on; raises BackendError."""
         choice = current_backend() if forced is None else checked_backend(forced, self.name)
         if choice == "auto":
-            on_gpu = self.triton is not None and all(tensor.is_cuda for tensor in _tensors(args))
-            if on_gpu and self._obstacle(args) is None:
+            if self.triton and _on_gpu(args) and self._obstacle(args) is None:
                 return "triton"
-            return "recompute" if self._recomputed and _kept_for_backward(args) else "reference"
+            return "analytic" if self.analytic and _analytic_obstacle(args) is None else "reference"
         if choice not in self.backends:
             raise BackendError(
                 f"{self.name}: backend {choice!r} is forced, but this operator has only "
                 f"{', '.join(self.backends)}; choose one of them or 'auto' (argument backend=, use_backend() "
                 "or TRGNET_BACKEND)"
             )
-        if choice == "triton":
-            reason = self._obstacle(args)
-            if reason is not None:
-                raise BackendError(f"{self.name}: backend 'triton' is forced, but {reason}")
+        reason = {"triton": self._obstacle, "analytic": _analytic_obstacle}.get(choice, lambda _: None)(args)
+        if reason is not None:
+            raise BackendError(f"{self.name}: backend {choice!r} is forced, but {reason}")
         return choice
 
     def _obstacle(self, args: Sequence[Any]) -> str | None:
@@ -144,14 +144,18 @@ class Operator:
         choice = self.choose(args, backend)
         if choice == "reference":
             return self.reference(*args)
+        if choice == "analytic":
+            return self._call_analytic(*args)
         return self.op(*args) if choice == "recompute" else self._call_triton(*args)
+
+    def _call_analytic(self, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return _Analytic.apply(self, *args)
+        return _outputs(self.analytic.forward(*args), self.analytic)
 
     def _call_triton(self, *args: Any) -> Any:
         outputs = self.triton_op(*_narrowed(args, self.triton.narrowed))
-        if self._mutates:
-            return None
-        outputs = outputs[: len(outputs) - self.triton.kept]
-        return outputs if len(outputs) > 1 else outputs[0]
+        return None if self._mutates else _outputs(outputs, self.triton)
 
     def triton_passes(
         self, args: Sequence[Any], gradient: Callable[[Tensor], Tensor]
@@ -313,11 +317,72 @@ def _register_triton(name: str, fused: Fused, statistics: int) -> Any:
     return op
 
 
-def _kept_for_backward(args: Sequence[Any]) -> bool:
-    """Whether the reference, called with these arguments, would keep tensors. Compiled code decides that itself."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return False
-    return any(tensor.requires_grad for tensor in _tensors(args))
+class _Analytic(torch.autograd.Function):
+    """The two passes of an analytic implementation.
+
+    No ``torch.library`` op, which is of use to compilers alone and takes longer to call: they get the reference.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, *args: Any) -> Any:
+        fused, statistics = operator.analytic, operator.statistics
+        ctx.name, ctx.fused = operator.name, fused
+        outputs = fused.forward(*args)
+        ctx.tensors = [isinstance(a, Tensor) for a in args]
+        ctx.rest = [a for a in args if not isinstance(a, Tensor)]
+        ctx.save_for_backward(*[a for a in args if isinstance(a, Tensor)], *[outputs[i] for i in fused.saved])
+        visible = outputs[: len(outputs) - fused.kept]
+        if statistics:
+            ctx.mark_non_differentiable(*visible[-statistics:])
+        ctx.differentiable = len(visible) - statistics
+        return visible if len(visible) > 1 else visible[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # the gradient would pass for one that depends on nothing
+            raise RuntimeError(
+                f"{ctx.name}: backend 'analytic' can be differentiated once only, got create_graph=True; choose backend "
+                "'reference' (argument backend=, use_backend() or TRGNET_BACKEND)"
+            )
+        tensors, rest = iter(ctx.saved_tensors), iter(ctx.rest)
+        args = [next(tensors) if is_tensor else next(rest) for is_tensor in ctx.tensors]
+        needed = [ctx.needs_input_grad[1 + i] for i in ctx.fused.differentiable]
+        with without_autocast(grad_outputs[0]):
+            computed = ctx.fused.backward(*grad_outputs[: ctx.differentiable], *args, *tensors, needed)
+        gradients: list[Tensor | None] = [None] * (1 + len(args))
+        for i, gradient, need in zip(ctx.fused.differentiable, computed, needed, strict=True):
+            gradients[1 + i] = gradient if need else None
+        return tuple(gradients)
+
+
+def _outputs(outputs: tuple[Tensor, ...], fused: Fused) -> Any:
+    """What the caller sees of the outputs of ``fused``."""
+    outputs = outputs[: len(outputs) - fused.kept]
+    return outputs if len(outputs) > 1 else outputs[0]
+
+
+def _analytic_obstacle(args: Sequence[Any]) -> str | None:
+    """Why the passes in PyTorch cannot run with these arguments; None if they can."""
+    if torch.compiler.is_compiling():
+        return "the code is being compiled, which needs the reference"
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    elsewhere = next((t for t in tensors if t.device.type != "cpu" or isinstance(t, FakeTensor)), None)
+    if elsewhere is not None:
+        return (
+            f"it has a {type(elsewhere).__name__} on {elsewhere.device}; its passes in PyTorch are for CPUs"
+        )
+    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+    if _autocast_dtype(floating[0].device.type) is not None:
+        return "autocast is on; it computes in the precision of its tensors"
+    dtypes = {tensor.dtype for tensor in floating}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
+        return f"it has {', '.join(sorted(map(str, dtypes)))} tensors; it computes in float32 or float64, one of them"
+    return None
+
+
+def _on_gpu(args: Sequence[Any]) -> bool:
+    first = next((a for a in args if isinstance(a, Tensor)), None)
+    return (first is None or first.is_cuda) and all(tensor.is_cuda for tensor in _tensors(args))
 
 
 def _narrowed(args: Sequence[Any], positions: Sequence[int]) -> list[Any]:

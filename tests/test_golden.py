@@ -18,7 +18,7 @@ from trgnet.data import Batch
 from trgnet.published import to_published
 
 
-@pytest.fixture(params=["reference", "recompute"])
+@pytest.fixture(params=["reference", "recompute", "auto"])
 def every_backend(request: pytest.FixtureRequest):
     with use_backend(request.param):
         yield

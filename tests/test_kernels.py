@@ -12,6 +12,7 @@ import torch
 from allocations import LargestTensor
 from operators import arguments, as_tuple, converted, gradients, without_dropout
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from trgnet.kernels import BackendError, Operator, operator, operator_table, use_backend
 from trgnet.kernels.dynamic_graph_conv import BLOCK_ELEMENTS
 
@@ -19,6 +20,11 @@ from trgnet import kernels
 
 # The optimizer's operator works in place: tests/test_moment_update.py.
 OPERATORS = [name for name, _ in operator_table() if name != "moment_update"]
+ANALYTIC = [name for name in OPERATORS if operator(name).analytic]
+ON_A_CPU = [
+    (name, backend) for name in OPERATORS for backend in operator(name).backends if backend != "triton"
+]
+"""Operators and backends that run on CPU tensors in every precision."""
 SIZES = [(1, 1, 1), (1, 2, 3), (3, 15, 11), (2, 16, 5), (2, 17, 19), (3, 63, 4)]
 
 
@@ -69,8 +75,7 @@ def test_recompute_saves_nothing_but_its_inputs(name: str):
     assert saved and all(t.untyped_storage().data_ptr() in inputs for t in saved)
 
 
-@pytest.mark.parametrize("backend", ["reference", "recompute"])
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize(("name", "backend"), ON_A_CPU)
 def test_gradcheck(name: str, backend: str):
     args = arguments(name, 2, 4, 3, 4)
 
@@ -151,19 +156,18 @@ def test_inputs_may_be_strided_and_gradients_expanded(name: str):
         else a
         for a in args
     )
-    for backend in ("reference", "recompute"):
-        expected = as_tuple(operator(name)(*args))
+    expected = as_tuple(operator(name)(*args, backend="reference"))
+
+    def gradients_of_a_sum(out: Tensor, inputs: tuple) -> tuple[Tensor, ...]:
+        wanted = [a for a in inputs if isinstance(a, Tensor) and a.requires_grad]
+        return torch.autograd.grad(out.sum(), wanted, allow_unused=True, materialize_grads=True)
+
+    derivatives = gradients_of_a_sum(expected[0], args)
+    for backend in (b for n, b in ON_A_CPU if n == name):
         got = as_tuple(operator(name)(*strided, backend=backend))
         for ours, truth in zip(got, expected, strict=True):
             torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
-        wanted = [a for a in strided if isinstance(a, Tensor) and a.requires_grad]
-        expanded = torch.autograd.grad(got[0].sum(), wanted, allow_unused=True, materialize_grads=True)
-        plain = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
-        for ours, truth in zip(
-            expanded,
-            torch.autograd.grad(expected[0].sum(), plain, allow_unused=True, materialize_grads=True),
-            strict=True,
-        ):
+        for ours, truth in zip(gradients_of_a_sum(got[0], strided), derivatives, strict=True):
             torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10)
 
 
@@ -176,7 +180,7 @@ def test_no_frame_graph_is_materialised():
     assert largest.elements <= BLOCK_ELEMENTS < frame_graph / 3
 
 
-@pytest.mark.parametrize("backend", ["reference", "recompute"])
+@pytest.mark.parametrize("backend", ["reference", "recompute", "analytic"])
 @pytest.mark.parametrize("frames_per_block", [1, 4, 7])
 def test_blocks_of_frames_change_nothing(
     monkeypatch: pytest.MonkeyPatch, frames_per_block: int, backend: str
@@ -184,11 +188,14 @@ def test_blocks_of_frames_change_nothing(
     n, t, v = 2, 17, 5
     module = sys.modules["trgnet.kernels.dynamic_graph_conv"]
     monkeypatch.setattr(module, "BLOCK_ELEMENTS", frames_per_block * n * v * v)
+    monkeypatch.setattr(module, "CACHED_ELEMENTS", frames_per_block * v * v)
     args = arguments("dynamic_graph_conv", n, t, v)
     got = as_tuple(operator("dynamic_graph_conv")(*args, backend=backend))
     expected = as_tuple(formulas.dynamic_graph_conv(*args))
     torch.testing.assert_close(got[0], expected[0], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradients(got, args), gradients(expected, args), rtol=1e-10, atol=1e-10)
+    if backend == "analytic":
+        return
     compiled = torch.compile(operator("dynamic_graph_conv"), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*args, backend=backend)[0], expected[0], rtol=1e-12, atol=1e-12)
 
@@ -297,22 +304,91 @@ def test_costs_are_counted_from_shapes():
 def test_backend_argument_beats_block_beats_automatic():
     op = operator("dynamic_graph_conv")
     args = arguments("dynamic_graph_conv")
-    assert op.choose(args, None) == "reference"
+    assert op.choose(args, None) == "analytic"
     with use_backend("recompute"):
         assert kernels.current_backend() == "recompute" and op.choose(args, None) == "recompute"
         assert op.choose(args, "reference") == "reference"
         with use_backend("auto"):
-            assert op.choose(args, None) == "reference"
+            assert op.choose(args, None) == "analytic"
     assert kernels.current_backend() == "auto"
 
 
-def test_automatic_recomputes_the_attention_layer_where_it_would_keep_tensors():
-    op, args = operator("attention_layer"), arguments("attention_layer")
-    assert op.choose(args, None) == "recompute" and op.choose(args, "reference") == "reference"
+@pytest.mark.parametrize("name", ANALYTIC)
+def test_automatic_takes_the_analytic_passes_where_they_can_run(name: str):
+    op, args = operator(name), arguments(name)
+    assert op.choose(args, None) == "analytic" and op.choose(args, "reference") == "reference"
+    assert op.choose(converted(args, torch.float32), None) == "analytic"
     with torch.no_grad():
-        assert op.choose(args, None) == "reference"
-    without = [a.detach() if isinstance(a, Tensor) else a for a in args]
-    assert op.choose(without, None) == "reference"
+        assert op.choose(args, None) == "analytic"
+    refused = {
+        "bfloat16": converted(args, torch.bfloat16),
+        "float32, torch.float64": (args[0].float(), *args[1:]),
+        "on meta; its passes in PyTorch are for CPUs": tuple(
+            a.to("meta") if isinstance(a, Tensor) else a for a in args
+        ),
+    }
+    with FakeTensorMode() as fake:
+        refused["FakeTensor on cpu"] = tuple(
+            fake.from_tensor(a) if isinstance(a, Tensor) else a for a in args
+        )
+    for reason, others in refused.items():
+        assert op.choose(others, None) == "reference"
+        with pytest.raises(BackendError, match=f"{name}: backend 'analytic' is forced, but .*{reason}"):
+            op.choose(others, "analytic")
+    with torch.autocast("cpu"), pytest.raises(BackendError, match="autocast is on"):
+        op.choose(converted(args, torch.float32), "analytic")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="the code is being compiled"):
+        torch.compile(lambda *a: op(*a, backend="analytic"), fullgraph=True, backend="eager")(*args)
+
+
+def test_operators_without_analytic_passes_say_so():
+    with pytest.raises(BackendError, match="segment_mean: backend 'analytic' is forced, but .* has only"):
+        operator("segment_mean")(*arguments("segment_mean"), backend="analytic")
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", ANALYTIC)
+def test_analytic_passes_follow_the_reference_with_its_dropout(name: str, size: tuple[int, int, int]):
+    args = arguments(name, *size)
+    before = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
+    got, expected = (as_tuple(operator(name)(*args, backend=b)) for b in ("analytic", "reference"))
+    for ours, truth in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-11, atol=1e-12)
+    derivatives = gradients(got, args)
+    for ours, truth in zip(derivatives, gradients(expected, args), strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-11)
+    again = as_tuple(operator(name)(*args, backend="analytic"))
+    assert all(torch.equal(a, b) for a, b in zip(gradients(again, args), derivatives, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(args, before) if isinstance(a, Tensor)), (
+        "an input was changed"
+    )
+
+
+@pytest.mark.parametrize("name", ANALYTIC)
+def test_analytic_passes_keep_less_than_autograd_would(name: str):
+    args = arguments(name, 2, 200, 6, 16)
+    inputs = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
+
+    def kept(backend: str) -> int:
+        """Bytes beside the inputs and the output."""
+        saved: dict[int, int] = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t,
+            lambda t: t,
+        ):
+            out = as_tuple(operator(name)(*args, backend=backend))[0]
+        return sum(n for at, n in saved.items() if at not in inputs | {out.untyped_storage().data_ptr()})
+
+    # Of the attention layer: o, Q, K and r, and the masks of its dropouts in bytes.
+    most = {"attention_layer": 5 * args[0].nbytes}.get(name, 2 * args[0].nbytes)
+    assert kept("analytic") <= min(most, kept("reference"))
+
+
+@pytest.mark.parametrize("name", ANALYTIC)
+def test_analytic_passes_refuse_second_derivatives(name: str):
+    args = arguments(name)
+    with pytest.raises(RuntimeError, match=f"{name}: backend 'analytic' can be differentiated once only"):
+        torch.autograd.grad(as_tuple(operator(name)(*args))[0].sum(), args[0], create_graph=True)
 
 
 def test_forced_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch):

@@ -119,11 +119,13 @@ def test_a_sequence_does_not_depend_on_its_batch_in_evaluation(dataset: Dataset)
 
 def test_backends_agree_on_a_training_step(dataset: Dataset):
     batch = batch_of(dataset)
-    expected = step(build(dataset), dataset, batch)
-    with use_backend("recompute"):
-        got = step(build(dataset), dataset, batch)
-    for ours, truth in zip(got[0] + got[2], expected[0] + expected[2], strict=True):
-        torch.testing.assert_close(ours, truth, rtol=1e-11, atol=1e-12)
+    with use_backend("reference"):
+        expected = step(build(dataset), dataset, batch)
+    for backend in ("recompute", "auto"):
+        with use_backend(backend):
+            got = step(build(dataset), dataset, batch)
+        for ours, truth in zip(got[0] + got[2], expected[0] + expected[2], strict=True):
+            torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-11)
     with use_backend("triton"), pytest.raises(BackendError, match="multiscale_graph_conv"):
         step(build(dataset), dataset, batch)
 
@@ -261,7 +263,7 @@ def test_half_precision_on_long_sequences(dataset: Dataset, dtype: torch.dtype):
     assert (got - expected).norm() <= 0.03 * expected.norm()
 
 
-@pytest.mark.parametrize("backend", ["reference", "recompute"])
+@pytest.mark.parametrize("backend", ["reference", "recompute", "auto"])
 def test_compiles_to_one_graph_for_any_length(dataset: Dataset, backend: str):
     """The first length compiles, the second makes the length dynamic, no further one compiles."""
     torch._dynamo.reset()

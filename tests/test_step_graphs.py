@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ from rich.console import Console
 from tape import Tape
 from test_trainer import assert_equal
 from torch import Tensor
+from trgnet.kernels import use_backend
 from trgnet.optimizers import builders
 
 from trgnet import step_graphs
@@ -108,7 +109,7 @@ def test_no_more_graphs_than_their_greatest_number(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
-def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
+def tapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tape]]:
     """CPU trainings are set up as on a GPU, with tapes for CUDA graphs; the tapes that were used."""
     made: list[Tape] = []
 
@@ -121,7 +122,8 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     monkeypatch.setattr(builders, "_on_gpu", lambda params: True)
     # A tape has operations of PyTorch, and no kernels.
     monkeypatch.setattr(builders, "fused_obstacle", lambda tensors: "Triton is not installed")
-    return made
+    with use_backend("reference"):  # as what is for CPUs alone does not run on a GPU, and is not recorded
+        yield made
 
 
 def train_without_graphs(config, out: Path, silent: Console) -> None:

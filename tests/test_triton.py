@@ -742,8 +742,8 @@ def test_measured_peak_of_dynamic_graph_conv():
 def test_backend_is_chosen_by_device_and_refused_with_a_reason():
     op = operator("dynamic_graph_conv")
     args = moved(arguments("dynamic_graph_conv", 2, 5, 3, 8), torch.float32)
-    assert op.backends == ("reference", "recompute", "triton")
-    assert op.choose(args, None) == ("triton" if DEVICE == "cuda" else "reference")
+    assert op.backends == ("reference", "recompute", "analytic", "triton")
+    assert op.choose(args, None) == ("triton" if DEVICE == "cuda" else "analytic")
     assert op.choose(args, "triton") == "triton"
     refused = {
         "float64": moved(args, torch.float64),
