@@ -18,7 +18,7 @@ timed. One group of a table is one function, its rows are its providers:
 ``recompute``
     The same, keeping only their inputs for the backward pass.
 ``ours``
-    What a user of trgnet gets: the backend ``auto``, Triton kernels on a GPU.
+    What a user of trgnet gets: the backend ``auto``, Triton kernels on a GPU, analytic passes on a CPU.
 
 Times are medians of rounds that wait for the device, with their 20th and 80th percentile; caches are emptied before each.
 Every dropout is active in training. Rates are those of the least bytes and FLOPs of the function, the same for every
