@@ -52,9 +52,8 @@ def dropout_kept(x: Tensor, probabilities: Sequence[float], seeds: Tensor | None
     keys = lowbias32(lowbias32(seeds.astype(np.uint32)) ^ (seeds >> 32).astype(np.uint32))
     rows, frame = lowbias32(keys[:, None] ^ np.arange(n * c, dtype=np.uint32)), np.arange(t, dtype=np.uint32)
     # The first step of a hash is linear, that of a xor is the xor of both.
-    rows, frame = (
-        torch.from_numpy((x ^ (x >> 16)).view(np.int32)) for x in (rows, lowbias32(frame + _FRAME_OFFSET))
-    )
+    hashed = rows, lowbias32(frame + _FRAME_OFFSET)
+    rows, frame = (torch.from_numpy((bits ^ (bits >> 16)).view(np.int32)) for bits in hashed)
     return [
         None if p == 0.0 else _rest_of_hash(row.view(n, c, 1) ^ frame).ge_(_threshold(p)).to(torch.uint8)
         for row, p in zip(rows, probabilities)
