@@ -16,12 +16,12 @@ Backward, with s = frame / beta:
 Shapes: x (N, F + 2, V, T), graph (N, F, V, V), beta (1,), bias (F + 2,), mask (N, 1, T) -> z (N, F, V, T).
 Source: arXiv 2503.15126 (dynamic spatial modelling of DSFM); splitting it by what varies is ours.
 
-The frame graph is a function of two numbers per joint and frame, so it is built and forgotten, forward and backward:
-by the reference and the analytic passes block by block of frames, ``BLOCK_ELEMENTS`` or ``CACHED_ELEMENTS`` at a time, by the
-kernels on chip. A program takes all
-joints of a few frames. Both graphs apply as batches of small products on the matrix units: over frames for the
-frame graph, (u, v) x (v, c), over channels for the constant one, (u, v) x (v, t). As multiplications and additions
-one by one they would take as long as the memory traffic of float32, and twice that of half precision.
+The frame graph is a function of two numbers per joint and frame, so it is built and forgotten, forward and backward: by
+the reference and the analytic passes block by block of frames, ``BLOCK_ELEMENTS`` or ``CACHED_ELEMENTS`` at a time, by the
+kernels on chip, where a program takes all joints of a few frames. Both graphs apply as batches of small products on the
+matrix units: over frames for the frame graph, (u, v) x (v, c), over channels for the constant one, (u, v) x (v, t). As
+multiplications and additions one by one they would take as long as the memory traffic of float32, and twice that of half
+precision.
 
 What was tried, by the compiled code (sm_90, triton 3.7.1, 2026-11-25; no time was measured yet):
 
