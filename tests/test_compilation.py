@@ -13,6 +13,7 @@ import torch._dynamo.testing
 from rich.console import Console
 from safetensors.torch import load_file
 from test_trainer import assert_equal
+from trgnet.kernels import backend
 
 from trgnet import cli
 from trgnet.compilation import compile_errors
@@ -35,11 +36,17 @@ def compile_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
 
 
 def test_a_compiled_training_is_the_plain_one(
-    tmp_path: Path, tiny: Callable, tiny_overrides: tuple[str, ...], silent: Console, compile_with: Callable
+    tmp_path: Path,
+    tiny: Callable,
+    tiny_overrides: tuple[str, ...],
+    silent: Console,
+    compile_with: Callable,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    """Compiled once, whatever the lengths of the batches."""
+    """Compiled once, whatever the lengths of the batches. To the bit where both take the reference."""
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compile_with(counter)
+    monkeypatch.setattr(backend, "_current", "reference")
     plain, compiled = tmp_path / "plain", tmp_path / "compiled"
     train(tiny(*SMALL), out=plain, console=silent)
     assert counter.frame_count == 0

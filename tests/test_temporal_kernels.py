@@ -136,9 +136,9 @@ def test_launches(name: str, backward: int):
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("features", [12, 72])
-def test_other_widths_go_to_the_reference(name: str, features: int):
+def test_other_widths_go_to_plain_pytorch(name: str, features: int):
     args = layer_arguments(name, 1, 4, 1, features)
-    assert operator(name).choose(args, None) == "reference"
+    assert operator(name).choose(args, None) == ("reference" if DEVICE == "cuda" else "analytic")
     with pytest.raises(BackendError, match=f"{features} features; the kernels need a multiple of 8 up to 64"):
         operator(name)(*args, backend="triton")
 
