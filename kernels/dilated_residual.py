@@ -94,7 +94,7 @@ def _analytic_forward(
     dilation: int,
     p: float,
 ) -> tuple[Tensor, Tensor, Optional[Tensor]]:
-    (kept,) = dropout_kept(x, (p,), None if seed is None else seed.unsqueeze(0))
+    (kept,) = dropout_kept(x, (p,), seed)
     h = functional.conv1d(x, conv_weight, conv_bias, padding=dilation, dilation=dilation).relu_()
     scale = dropout_scale(p, seed)
     out = only(pointwise(h, scale * output_weight, scale * output_bias), kept)

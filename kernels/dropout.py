@@ -41,14 +41,14 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
 def dropout_kept(x: Tensor, probabilities: Sequence[float], seeds: Tensor | None) -> list[Tensor | None]:
     """Which elements of ``x`` (N, C, T) each of several dropouts keeps, as uint8; None for one that is off.
 
-    ``seeds`` (S,) belong to the S probabilities. On a CPU only. What is kept is yet to be scaled, see
+    ``seeds`` (S,) belong to the S probabilities, or () to one. On a CPU only. What is kept is yet to be scaled, see
     :func:`dropout_scale`.
     """
     if seeds is None or not any(probabilities):
         return [None] * len(probabilities)
     n, c, t = x.shape
-    # Vectors as short as these cost what their calls cost: numpy's a tenth of torch's.
-    seeds = seeds.numpy().astype(np.uint64)
+    # Vectors as short as these cost what their calls cost, which numpy's do less of than torch's.
+    seeds = seeds.numpy().astype(np.uint64).reshape(-1)
     keys = lowbias32(lowbias32(seeds.astype(np.uint32)) ^ (seeds >> 32).astype(np.uint32))
     rows, frame = lowbias32(keys[:, None] ^ np.arange(n * c, dtype=np.uint32)), np.arange(t, dtype=np.uint32)
     # The first step of a hash is linear, that of a xor is the xor of both.

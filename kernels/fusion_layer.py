@@ -88,7 +88,7 @@ def _analytic_forward(
     seed: Optional[Tensor],
     p: float,
 ) -> tuple[Tensor, Tensor, Optional[Tensor]]:
-    (kept,) = dropout_kept(x, (p,), None if seed is None else seed.unsqueeze(0))
+    (kept,) = dropout_kept(x, (p,), seed)
     z = pointwise(x, weight1, bias1).add_(spatial)
     out = pointwise(only(functional.gelu(z), kept), dropout_scale(p, seed) * weight2, bias2)
     return out.add_(x).mul_(mask.to(x.dtype)), z, kept

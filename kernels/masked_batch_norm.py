@@ -159,7 +159,7 @@ def _analytic_forward(
         count = _real_values(x, real)
         mean = _channel_sums(torch.mul(x, real, out=out).sum(3)) / count
         torch.sub(x, mean.view(-1, 1, 1), out=out).mul_(real)
-        # Norms of rows: over several axes at once they take seven times as long.
+        # Norms of rows: over several axes at once they take longer.
         var = _channel_sums(torch.linalg.vector_norm(out, dim=3).square_()) / count
     else:
         mean, var = mean.clone(), var.clone()

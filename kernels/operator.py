@@ -145,13 +145,8 @@ class Operator:
         if choice == "reference":
             return self.reference(*args)
         if choice == "analytic":
-            return self._call_analytic(*args)
-        return self.op(*args) if choice == "recompute" else self._call_triton(*args)
-
-    def _call_analytic(self, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return _Analytic.apply(self, *args)
-        return _outputs(self.analytic.forward(*args), self.analytic)
+        return self.op(*args) if choice == "recompute" else self._call_triton(*args)
 
     def _call_triton(self, *args: Any) -> Any:
         outputs = self.triton_op(*_narrowed(args, self.triton.narrowed))
@@ -331,11 +326,11 @@ class _Analytic(torch.autograd.Function):
         ctx.tensors = [isinstance(a, Tensor) for a in args]
         ctx.rest = [a for a in args if not isinstance(a, Tensor)]
         ctx.save_for_backward(*[a for a in args if isinstance(a, Tensor)], *[outputs[i] for i in fused.saved])
-        visible = outputs[: len(outputs) - fused.kept]
+        visible = _outputs(outputs, fused)
         if statistics:
             ctx.mark_non_differentiable(*visible[-statistics:])
-        ctx.differentiable = len(visible) - statistics
-        return visible if len(visible) > 1 else visible[0]
+        ctx.differentiable = len(outputs) - fused.kept - statistics
+        return visible
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
