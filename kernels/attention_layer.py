@@ -42,9 +42,10 @@ from einops import rearrange
 from torch import Tensor
 
 from .dilated_conv import (
+    analytic_dilated_conv,
+    analytic_dilated_conv_gradients,
     conv_backward_frames,
     dilated_conv,
-    dilated_conv_gradients,
     dilation_arguments,
     launch_dilated_conv_backward,
     load_dilated_weights,
@@ -182,7 +183,7 @@ def _analytic_forward(
 ) -> tuple[Optional[Tensor], ...]:
     real = mask.to(x.dtype)
     attention_kept, output_kept = dropout_kept(x, (attention_dropout, output_dropout), seeds)
-    o = functional.conv1d(x, conv_weight, conv_bias, padding=dilation, dilation=dilation).relu_()
+    o = analytic_dilated_conv(x, conv_weight, conv_bias, dilation).relu_()
     h, rstd = _instance_normalised(o, real)
     query_key = pointwise(h, query_key_weight, query_key_bias).sigmoid_()
     query_key.chunk(2, 1)[1].mul_(real)
@@ -279,7 +280,7 @@ def _analytic_backward(
     mean, along = (total.unsqueeze(2) / _frames_of(real) for total in totals)
     gz = gh.addcmul_(h, along, value=-1).sub_(mean).mul_(rstd * real).add_(gr)
     torch.ops.aten.threshold_backward.grad_input(gz, o, 0.0, grad_input=gz)
-    grad_x, grad_conv_weight, grad_conv_bias = dilated_conv_gradients(gz, x, conv_weight, dilation)
+    grad_x, grad_conv_weight, grad_conv_bias = analytic_dilated_conv_gradients(gz, x, conv_weight, dilation)
     return (
         grad_x.add_(grad), grad_source, grad_conv_weight, grad_conv_bias, *of_query_key, grad_value_weight,
         grad_value_bias, grad_attention_weight, grad_attention_bias, grad_output_weight, grad_output_bias,

@@ -25,10 +25,11 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from .dilated_conv import (
+    analytic_dilated_conv,
+    analytic_dilated_conv_gradients,
     conv_backward_frames,
     dilated_conv,
     dilated_conv_by_taps,
-    dilated_conv_gradients,
     dilation_arguments,
     launch_dilated_conv_backward,
     load_dilated_weights,
@@ -95,7 +96,7 @@ def _analytic_forward(
     p: float,
 ) -> tuple[Tensor, Tensor, Optional[Tensor]]:
     (kept,) = dropout_kept(x, (p,), seed)
-    h = functional.conv1d(x, conv_weight, conv_bias, padding=dilation, dilation=dilation).relu_()
+    h = analytic_dilated_conv(x, conv_weight, conv_bias, dilation).relu_()
     scale = dropout_scale(p, seed)
     out = only(pointwise(h, scale * output_weight, scale * output_bias), kept)
     return out.add_(x).mul_(mask.to(x.dtype)), h, kept
@@ -122,7 +123,7 @@ def _analytic_backward(
     grad_output_weight, grad_output_bias = (scale * d for d in pointwise_parameter_gradients(g, h))
     gz = pointwise_input_gradient(g, scale * output_weight)
     torch.ops.aten.threshold_backward.grad_input(gz, h, 0.0, grad_input=gz)
-    grad_x, grad_conv_weight, grad_conv_bias = dilated_conv_gradients(gz, x, conv_weight, dilation)
+    grad_x, grad_conv_weight, grad_conv_bias = analytic_dilated_conv_gradients(gz, x, conv_weight, dilation)
     return grad_x.add_(grad), grad_conv_weight, grad_conv_bias, grad_output_weight, grad_output_bias
 
 

@@ -15,6 +15,7 @@ implementation on any device can draw the same one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -50,14 +51,28 @@ def dropout_kept(x: Tensor, probabilities: Sequence[float], seeds: Tensor | None
     # Vectors as short as these cost what their calls cost, which numpy's do less of than torch's.
     seeds = seeds.numpy().astype(np.uint64).reshape(-1)
     keys = lowbias32(lowbias32(seeds.astype(np.uint32)) ^ (seeds >> 32).astype(np.uint32))
-    rows, frame = lowbias32(keys[:, None] ^ np.arange(n * c, dtype=np.uint32)), np.arange(t, dtype=np.uint32)
-    # The first step of a hash is linear, that of a xor is the xor of both.
-    hashed = rows, lowbias32(frame + _FRAME_OFFSET)
-    rows, frame = (torch.from_numpy((bits ^ (bits >> 16)).view(np.int32)) for bits in hashed)
-    return [
-        None if p == 0.0 else _rest_of_hash(row.view(n, c, 1) ^ frame).ge_(_threshold(p)).to(torch.uint8)
-        for row, p in zip(rows, probabilities)
-    ]
+    rows = _hashed_once_more(keys[:, None] ^ np.arange(n * c, dtype=np.uint32))
+    frame = _frame_bits(t)
+    return [None if p == 0.0 else _kept(row.view(n, c, 1) ^ frame, p) for row, p in zip(rows, probabilities)]
+
+
+@lru_cache(maxsize=8)
+def _frame_bits(t: int) -> Tensor:
+    return _hashed_once_more(np.arange(t, dtype=np.uint32) + _FRAME_OFFSET)
+
+
+def _hashed_once_more(x: np.ndarray) -> Tensor:
+    """The hash, and the first step of the next one: that step is linear, so of a xor it is the xor of both."""
+    bits = lowbias32(x)
+    return torch.from_numpy((bits ^ (bits >> 16)).view(np.int32))
+
+
+def _kept(bits: Tensor, p: float) -> Tensor:
+    """Where a hash, of which all but the first step is to be done in place, is at least p * 2^32."""
+    bits, threshold = _second_step(bits), _threshold(p)
+    if threshold % 2**16:  # else the comparison sees nothing of the lower 16 bits, all that the last step changes
+        bits = _last_step(bits)
+    return bits.ge_(threshold).to(torch.uint8)
 
 
 def only(x: Tensor, kept: Tensor | None) -> Tensor:
@@ -136,11 +151,15 @@ def _threshold(p: float) -> int:
 
 def hash_bits(x: Tensor) -> Tensor:
     """lowbias32 on int32 tensors; the masks make torch's arithmetic right shift a logical one."""
-    return _rest_of_hash((x >> 16).bitwise_and_(0xFFFF).bitwise_xor_(x))
+    return _last_step(_second_step(_last_step(x)))
 
 
-def _rest_of_hash(x: Tensor) -> Tensor:
-    """lowbias32 but for its first step."""
+def _second_step(x: Tensor) -> Tensor:
+    """The middle of lowbias32, with both multiplications; changes x."""
     x.mul_(0x7FEB352D)
-    x = (x >> 15).bitwise_and_(0x1FFFF).bitwise_xor_(x).mul_(0x846CA68B - 2**32)
+    return (x >> 15).bitwise_and_(0x1FFFF).bitwise_xor_(x).mul_(0x846CA68B - 2**32)
+
+
+def _last_step(x: Tensor) -> Tensor:
+    """The last step of lowbias32, which is the first one too."""
     return (x >> 16).bitwise_and_(0xFFFF).bitwise_xor_(x)
