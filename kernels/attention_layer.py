@@ -34,6 +34,7 @@ kernel with the products and the sums of up to four weights' gradients in a loop
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -184,15 +185,18 @@ def _analytic_forward(
     real = mask.to(x.dtype)
     attention_kept, output_kept = dropout_kept(x, (attention_dropout, output_dropout), seeds)
     o = analytic_dilated_conv(x, conv_weight, conv_bias, dilation).relu_()
-    h, rstd = _instance_normalised(o, real)
-    query_key = pointwise(h, query_key_weight, query_key_bias).sigmoid_()
-    query_key.chunk(2, 1)[1].mul_(real)
-    # What scales a branch scales its weights instead.
+    deviation, rstd = _deviation_and_rstd(o, real)
+    # What scales rows of an operand, or a branch, scales its weights instead.
+    query_key = pointwise(deviation, query_key_weight * rstd.mT, query_key_bias).sigmoid_()
+    query, key = query_key.chunk(2, 1)
+    key.mul_(real)
+    moment = torch.bmm(deviation if source is None else source, key.mT)
+    if source is None:
+        moment.mul_(rstd)
     scale *= dropout_scale(attention_dropout, seeds)
     output_scale = dropout_scale(output_dropout, seeds)
-    values_of = h if source is None else source
-    attended = _attended(values_of, query_key, value_weight, value_bias, scale * attention_weight, heads)
-    share = _shares(query_key, attended.normaliser)
+    attended = _attended(moment, query, key, value_weight, value_bias, scale * attention_weight, heads)
+    share = _shares(query, attended.normaliser)
     r = only(pointwise(share, attended.weight, scale * attention_bias), attention_kept).add_(o)
     out = only(pointwise(r, output_scale * output_weight, output_scale * output_bias), output_kept)
     return out.add_(x).mul_(real), o, rstd, query_key, *attended, r, attention_kept, output_kept
@@ -234,13 +238,12 @@ def _analytic_backward(
     needed: Sequence[bool],
 ) -> tuple[Optional[Tensor], ...]:
     real = mask.to(x.dtype)
-    h = _deviation(o, real).mul_(rstd)
+    deviation = _deviation(o, real)
     query, key = query_key.chunk(2, 1)
-    values_of = h if source is None else source
     scale *= dropout_scale(attention_dropout, seeds)
     output_scale = dropout_scale(output_dropout, seeds)
     scaled_weight = scale * attention_weight
-    share = _shares(query_key, normaliser)
+    share = _shares(query, normaliser)
 
     grad = grad * real
     g = grad if output_kept is None else grad * output_kept
@@ -253,37 +256,46 @@ def _analytic_backward(
     grad_query = torch.bmm(weight.mT, ga).unflatten(1, (heads, -1)).div_(normaliser.unsqueeze(2))
     grad_normaliser = share.unflatten(1, (heads, -1)).mul_(grad_query).sum(2).neg_()
     grad_query = torch.baddbmm(grad_query.flatten(1, 2), keys.mT, grad_normaliser)
-    one_head = _one_head(x, heads)
+    one_head, same_head = _head_patterns(heads, x.shape[1], x.dtype)
     grad_key_sum = (torch.bmm(grad_normaliser, query.mT) * one_head).sum(1)  # (N, F)
 
     # Through matrices (N, F, F) to K and to what the values are of.
     grad_attention_weight = scale * torch.bmm(grad_inner_weight, per_head.mT).sum(0)
-    grad_per_head = pointwise_input_gradient(grad_inner_weight, scaled_weight).mul_(one_head.mT @ one_head)
+    grad_per_head = pointwise_input_gradient(grad_inner_weight, scaled_weight).mul_(same_head)
     grad_value_weight = torch.bmm(grad_per_head, moment.mT).sum(0)
     grad_value_bias = torch.bmm(grad_per_head, key_sum).sum((0, 2))
     grad_moment = pointwise_input_gradient(grad_per_head, value_weight)
-    grad_key_sum += value_bias @ grad_per_head
-    grad_key = torch.baddbmm(grad_key_sum.unsqueeze(2), grad_moment.mT, values_of)
-    grad_values_of = torch.bmm(grad_moment, key)
+    grad_key_sum += pointwise_input_gradient(grad_per_head, value_bias.unsqueeze(1)).squeeze(1)
+    if source is None:
+        grad_moment.mul_(rstd)
+    grad_key = torch.baddbmm(
+        grad_key_sum.unsqueeze(2), grad_moment.mT, deviation if source is None else source
+    )
 
     gp = torch.empty_like(query_key)
     for half, gradient, value in zip(gp.chunk(2, 1), (grad_query, grad_key), (query, key)):
         torch.ops.aten.sigmoid_backward.grad_input(gradient, value, grad_input=half)
-    of_query_key = pointwise_parameter_gradients(gp, h)
-    gh = pointwise_input_gradient(gp, query_key_weight)
-    grad_source = None if source is None else grad_values_of
+    grad_query_key_weight, grad_query_key_bias = (
+        (torch.bmm(gp, deviation.mT) * rstd.mT).sum(0),
+        gp.sum((0, 2)),
+    )
+    gh = pointwise_input_gradient(gp, query_key_weight * rstd.mT)
+    grad_source = None
     if source is None:
-        gh.add_(grad_values_of)
+        gh.baddbmm_(grad_moment, key)
+    else:
+        grad_source = torch.bmm(grad_moment, key)
 
-    # On padded frames gh and h are 0, as g and K are.
-    totals = gh.sum(2), torch.linalg.vecdot(gh, h, dim=2)
-    mean, along = (total.unsqueeze(2) / _frames_of(real) for total in totals)
-    gz = gh.addcmul_(h, along, value=-1).sub_(mean).mul_(rstd * real).add_(gr)
+    # gh is rstd times that of the formula. On padded frames it and the deviation are 0, as g and K are.
+    frames = _frames_of(real)
+    mean = gh.sum(2, keepdim=True) / frames
+    along = torch.linalg.vecdot(gh, deviation, dim=2).unsqueeze(2) * rstd.square() / frames
+    gz = gh.addcmul_(deviation, along, value=-1).sub_(mean).mul_(real).add_(gr)
     torch.ops.aten.threshold_backward.grad_input(gz, o, 0.0, grad_input=gz)
     grad_x, grad_conv_weight, grad_conv_bias = analytic_dilated_conv_gradients(gz, x, conv_weight, dilation)
     return (
-        grad_x.add_(grad), grad_source, grad_conv_weight, grad_conv_bias, *of_query_key, grad_value_weight,
-        grad_value_bias, grad_attention_weight, grad_attention_bias, grad_output_weight, grad_output_bias,
+        grad_x.add_(grad), grad_source, grad_conv_weight, grad_conv_bias, grad_query_key_weight,
+        grad_query_key_bias, grad_value_weight, grad_value_bias, grad_attention_weight, grad_attention_bias, grad_output_weight, grad_output_bias,
     )  # fmt: skip
 
 
@@ -309,43 +321,43 @@ class _Attended(NamedTuple):
 
 
 def _attended(
-    values_of: Tensor,
-    query_key: Tensor,
+    moment: Tensor,
+    query: Tensor,
+    key: Tensor,
     value_weight: Tensor,
     value_bias: Tensor,
     attention_weight: Tensor,
     heads: int,
 ) -> _Attended:
-    query, key = query_key.chunk(2, 1)
-    one_head = _one_head(query, heads)
+    one_head, same_head = _head_patterns(heads, query.shape[1], query.dtype)
     key_sum = key.sum(2, keepdim=True)
-    moment = torch.bmm(values_of, key.mT)
     per_head = torch.baddbmm(
         value_bias.unsqueeze(1) * key_sum.mT, value_weight.expand_as(moment), moment
-    ).mul_(one_head.mT @ one_head)
+    ).mul_(same_head)
     weight = torch.bmm(attention_weight.expand_as(per_head), per_head)
     keys = one_head * (key_sum + ATTENTION_EPS).mT
     return _Attended(key_sum, moment, per_head, weight, keys, torch.bmm(keys, query))
 
 
-def _shares(query_key: Tensor, normaliser: Tensor) -> Tensor:
+def _shares(query: Tensor, normaliser: Tensor) -> Tensor:
     """Q / D, (N, F, T)."""
-    query = query_key[:, : query_key.shape[1] // 2].unflatten(1, (normaliser.shape[1], -1))
+    query = query.unflatten(1, (normaliser.shape[1], -1))
     return (query / normaliser.unsqueeze(2)).flatten(1, 2)
 
 
-def _one_head(like: Tensor, heads: int) -> Tensor:
-    """(heads, F): which features each head has."""
-    identity = torch.eye(heads, dtype=like.dtype, device=like.device)
-    return identity.repeat_interleave(like.shape[1] // heads, dim=1)
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _head_patterns(heads: int, features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Which features each head has, (heads, F), and which pairs of features are of one head, (F, F)."""
+    one_head = torch.eye(heads, dtype=dtype).repeat_interleave(features // heads, dim=1)
+    return one_head, one_head.mT @ one_head
 
 
-def _instance_normalised(o: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """h, and 1 / sqrt(var + 1e-5), (N, F, 1)."""
-    h = _deviation(o, real)
-    var = torch.linalg.vector_norm(h, dim=2, keepdim=True).square_() / _frames_of(real)
-    rstd = torch.rsqrt(var + NORM_EPS)
-    return h.mul_(rstd), rstd
+def _deviation_and_rstd(o: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of h, the second one (N, F, 1)."""
+    deviation = _deviation(o, real)
+    var = torch.linalg.vector_norm(deviation, dim=2, keepdim=True).square_() / _frames_of(real)
+    return deviation, torch.rsqrt(var + NORM_EPS)
 
 
 def _deviation(o: Tensor, real: Tensor) -> Tensor:
