@@ -92,6 +92,7 @@ from .launch import (
     unit,
 )
 from .operator import Fused, Operator, check_mask, check_shapes
+from .padding import masked, masked_, real_frames
 from .pointwise import pointwise, pointwise_input_gradient, pointwise_parameter_gradients
 from .precision import widened, without_autocast
 
@@ -182,14 +183,14 @@ def _analytic_forward(
     attention_dropout: float,
     output_dropout: float,
 ) -> tuple[Optional[Tensor], ...]:
-    real = mask.to(x.dtype)
+    real = real_frames(mask, x.dtype)
     attention_kept, output_kept = dropout_kept(x, (attention_dropout, output_dropout), seeds)
     o = analytic_dilated_conv(x, conv_weight, conv_bias, dilation).relu_()
     deviation, rstd = _deviation_and_rstd(o, real)
     # What scales rows of an operand, or a branch, scales its weights instead.
     query_key = pointwise(deviation, query_key_weight * rstd.mT, query_key_bias).sigmoid_()
     query, key = query_key.chunk(2, 1)
-    key.mul_(real)
+    masked_(key, real)
     moment = torch.bmm(deviation if source is None else source, key.mT)
     if source is None:
         moment.mul_(rstd)
@@ -199,7 +200,8 @@ def _analytic_forward(
     share = _shares(query, attended.normaliser)
     r = only(pointwise(share, attended.weight, scale * attention_bias), attention_kept).add_(o)
     out = only(pointwise(r, output_scale * output_weight, output_scale * output_bias), output_kept)
-    return out.add_(x).mul_(real), o, rstd, query_key, *attended, r, attention_kept, output_kept
+    out = masked_(out.add_(x), real)
+    return out, o, rstd, query_key, *attended, r, attention_kept, output_kept, real
 
 
 def _analytic_backward(
@@ -235,9 +237,9 @@ def _analytic_backward(
     r: Tensor,
     attention_kept: Optional[Tensor],
     output_kept: Optional[Tensor],
+    real: Optional[Tensor],
     needed: Sequence[bool],
 ) -> tuple[Optional[Tensor], ...]:
-    real = mask.to(x.dtype)
     deviation = _deviation(o, real)
     query, key = query_key.chunk(2, 1)
     scale *= dropout_scale(attention_dropout, seeds)
@@ -245,7 +247,7 @@ def _analytic_backward(
     scaled_weight = scale * attention_weight
     share = _shares(query, normaliser)
 
-    grad = grad * real
+    grad = masked(grad, real)
     g = grad if output_kept is None else grad * output_kept
     grad_output_weight, grad_output_bias = (output_scale * d for d in pointwise_parameter_gradients(g, r))
     gr = pointwise_input_gradient(g, output_scale * output_weight)
@@ -287,10 +289,10 @@ def _analytic_backward(
         grad_source = torch.bmm(grad_moment, key)
 
     # gh is rstd times that of the formula. On padded frames it and the deviation are 0, as g and K are.
-    frames = _frames_of(real)
+    frames = _frames_of(x, real)
     mean = gh.sum(2, keepdim=True) / frames
     along = torch.linalg.vecdot(gh, deviation, dim=2).unsqueeze(2) * rstd.square() / frames
-    gz = gh.addcmul_(deviation, along, value=-1).sub_(mean).mul_(real).add_(gr)
+    gz = masked_(gh.addcmul_(deviation, along, value=-1).sub_(mean), real).add_(gr)
     torch.ops.aten.threshold_backward.grad_input(gz, o, 0.0, grad_input=gz)
     grad_x, grad_conv_weight, grad_conv_bias = analytic_dilated_conv_gradients(gz, x, conv_weight, dilation)
     return (
@@ -353,21 +355,22 @@ def _head_patterns(heads: int, features: int, dtype: torch.dtype) -> tuple[Tenso
     return one_head, one_head.mT @ one_head
 
 
-def _deviation_and_rstd(o: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+def _deviation_and_rstd(o: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
     """The factors of h, the second one (N, F, 1)."""
     deviation = _deviation(o, real)
-    var = torch.linalg.vector_norm(deviation, dim=2, keepdim=True).square_() / _frames_of(real)
+    var = torch.linalg.vector_norm(deviation, dim=2, keepdim=True).square_() / _frames_of(o, real)
     return deviation, torch.rsqrt(var + NORM_EPS)
 
 
-def _deviation(o: Tensor, real: Tensor) -> Tensor:
+def _deviation(o: Tensor, real: Tensor | None) -> Tensor:
     """From the mean over real frames, 0 on padded ones."""
-    return torch.sub(o, torch.bmm(o, real.mT) / _frames_of(real)).mul_(real)
+    total = o.sum(2, keepdim=True) if real is None else torch.bmm(o, real.mT)
+    return masked_(torch.sub(o, total / _frames_of(o, real)), real)
 
 
-def _frames_of(real: Tensor) -> Tensor:
-    """Number of real frames of each sequence, (N, 1, 1), at least 1."""
-    return real.sum(2, keepdim=True).clamp(min=1)
+def _frames_of(o: Tensor, real: Tensor | None) -> Tensor | int:
+    """Number of real frames, of each sequence (N, 1, 1) or of all of them, at least 1."""
+    return max(1, o.shape[2]) if real is None else real.sum(2, keepdim=True).clamp(min=1)
 
 
 @device_function
@@ -888,8 +891,8 @@ OPERATOR = Operator(
         _analytic_forward,
         _analytic_backward,
         differentiable=(0, 2, *range(3, 13)),
-        saved=tuple(range(1, 13)),
-        kept=12,
+        saved=tuple(range(1, 14)),
+        kept=13,
     ),
 )
 

@@ -61,6 +61,7 @@ from .frame_tiles import (
 )
 from .launch import kernel, launch, launchable, rows, tl
 from .operator import Fused, Operator, check_mask, check_shapes
+from .padding import masked, masked_, real_frames
 from .pointwise import pointwise, pointwise_input_gradient, pointwise_parameter_gradients
 
 
@@ -94,12 +95,13 @@ def _analytic_forward(
     seed: Optional[Tensor],
     dilation: int,
     p: float,
-) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+) -> tuple[Tensor, Tensor, Optional[Tensor], Optional[Tensor]]:
     (kept,) = dropout_kept(x, (p,), seed)
     h = analytic_dilated_conv(x, conv_weight, conv_bias, dilation).relu_()
     scale = dropout_scale(p, seed)
     out = only(pointwise(h, scale * output_weight, scale * output_bias), kept)
-    return out.add_(x).mul_(mask.to(x.dtype)), h, kept
+    real = real_frames(mask, x.dtype)
+    return masked_(out.add_(x), real), h, kept, real
 
 
 def _analytic_backward(
@@ -115,9 +117,10 @@ def _analytic_backward(
     p: float,
     h: Tensor,
     kept: Optional[Tensor],
+    real: Optional[Tensor],
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad = grad * mask.to(x.dtype)
+    grad = masked(grad, real)
     g = grad if kept is None else grad * kept
     scale = dropout_scale(p, seed)
     grad_output_weight, grad_output_bias = (scale * d for d in pointwise_parameter_gradients(g, h))
@@ -270,7 +273,7 @@ OPERATOR = Operator(
         _forward, _backward, differentiable=(0, 2, 3, 4, 5), unpack=_unpack, unsupported=unsupported_frames
     ),
     analytic=Fused(
-        _analytic_forward, _analytic_backward, differentiable=(0, 2, 3, 4, 5), saved=(1, 2), kept=2
+        _analytic_forward, _analytic_backward, differentiable=(0, 2, 3, 4, 5), saved=(1, 2, 3), kept=3
     ),
 )
 

@@ -54,6 +54,7 @@ from .frame_tiles import (
 )
 from .launch import device_function, kernel, launch, launchable, planes, rows, target_of, tl, unit
 from .operator import Fused, Operator, check_mask, check_shapes
+from .padding import masked, masked_, real_frames
 from .pointwise import pointwise, pointwise_input_gradient, pointwise_parameter_gradients
 
 
@@ -87,11 +88,12 @@ def _analytic_forward(
     bias2: Tensor,
     seed: Optional[Tensor],
     p: float,
-) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+) -> tuple[Tensor, Tensor, Optional[Tensor], Optional[Tensor]]:
     (kept,) = dropout_kept(x, (p,), seed)
     z = pointwise(x, weight1, bias1).add_(spatial)
     out = pointwise(only(functional.gelu(z), kept), dropout_scale(p, seed) * weight2, bias2)
-    return out.add_(x).mul_(mask.to(x.dtype)), z, kept
+    real = real_frames(mask, x.dtype)
+    return masked_(out.add_(x), real), z, kept, real
 
 
 def _analytic_backward(
@@ -107,10 +109,11 @@ def _analytic_backward(
     p: float,
     z: Tensor,
     kept: Optional[Tensor],
+    real: Optional[Tensor],
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     scale = dropout_scale(p, seed)
-    g = grad * mask.to(x.dtype)
+    g = masked(grad, real)
     grad_weight2, grad_bias2 = pointwise_parameter_gradients(g, only(functional.gelu(z), kept))
     gz = only(pointwise_input_gradient(g, scale * weight2), kept)
     torch.ops.aten.gelu_backward.grad_input(gz, z, grad_input=gz)
@@ -307,7 +310,7 @@ OPERATOR = Operator(
         _forward, _backward, differentiable=(0, 1, 3, 4, 5, 6), unpack=_unpack, unsupported=unsupported_frames
     ),
     analytic=Fused(
-        _analytic_forward, _analytic_backward, differentiable=(0, 1, 3, 4, 5, 6), saved=(1, 2), kept=2
+        _analytic_forward, _analytic_backward, differentiable=(0, 1, 3, 4, 5, 6), saved=(1, 2, 3), kept=3
     ),
 )
 

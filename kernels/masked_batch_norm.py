@@ -48,6 +48,7 @@ from .launch import (
     unit,
 )
 from .operator import Fused, Operator, check_mask, check_shapes
+from .padding import masked_, real_frames
 from .precision import wide_dtype, widened, without_autocast
 
 
@@ -152,13 +153,13 @@ def _analytic_forward(
     of_batch: bool,
     frame_sum: bool,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    real = mask.unsqueeze(1).to(x.dtype)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Optional[Tensor]]:
+    real = real_frames(mask.unsqueeze(1), x.dtype)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if mean is None or var is None:
         count = _real_values(x, real)
-        mean = _channel_sums(torch.mul(x, real, out=out).sum(3)) / count
-        torch.sub(x, mean.view(-1, 1, 1), out=out).mul_(real)
+        mean = _channel_sums((x if real is None else torch.mul(x, real, out=out)).sum(3)) / count
+        masked_(torch.sub(x, mean.view(-1, 1, 1), out=out), real)
         # Norms of rows: over several axes at once they take longer.
         var = _channel_sums(torch.linalg.vector_norm(out, dim=3).square_()) / count
     else:
@@ -167,8 +168,8 @@ def _analytic_forward(
     out.mul_((weight * torch.rsqrt(var + eps)).view(-1, 1, 1)).add_(bias.view(-1, 1, 1))
     if residual is not None:
         out.add_(residual)
-    out.mul_(real).relu_()
-    return out, out.sum(3) if frame_sum else x.new_empty(0), mean, var
+    masked_(out, real).relu_()
+    return out, out.sum(3) if frame_sum else x.new_empty(0), mean, var, real
 
 
 def _analytic_backward(
@@ -187,9 +188,9 @@ def _analytic_backward(
     out: Tensor,
     used_mean: Tensor,
     used_var: Tensor,
+    real: Optional[Tensor],
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    real = mask.unsqueeze(1).to(x.dtype)
     rstd = torch.rsqrt(used_var + eps)
     scale, count = weight * rstd, _real_values(x, real)
     of_batch = of_batch or mean is None or var is None
@@ -202,13 +203,14 @@ def _analytic_backward(
             g = g + grad_sum[:, channels].unsqueeze(3)
         g = torch.ops.aten.threshold_backward(g, out[:, channels], 0.0)
         h = torch.sub(x[:, channels], _per_channel(used_mean, channels), out=grad_x[:, channels])
-        h.mul_(real).mul_(_per_channel(rstd, channels))
+        masked_(h, real).mul_(_per_channel(rstd, channels))
         g_h, g_1 = _channel_sums(torch.linalg.vecdot(g, h, dim=3)), _channel_sums(g.sum(3))
         grad_weight[channels], grad_bias[channels] = g_h, g_1
         if grad_residual is not None:
             grad_residual[:, channels] = g
         if of_batch:
-            h.mul_((-g_h / count).view(-1, 1, 1)).sub_((g_1 / count).view(-1, 1, 1)).mul_(real).add_(g)
+            h.mul_((-g_h / count).view(-1, 1, 1)).sub_((g_1 / count).view(-1, 1, 1))
+            masked_(h, real).add_(g)
         else:
             h.copy_(g)
         h.mul_(_per_channel(scale, channels))
@@ -227,8 +229,10 @@ def _per_channel(values: Tensor, channels: slice) -> Tensor:
     return values[channels].view(-1, 1, 1)
 
 
-def _real_values(x: Tensor, real: Tensor) -> Tensor:
-    """Number of values of each channel on real frames, () at least 1."""
+def _real_values(x: Tensor, real: Tensor | None) -> Tensor | int:
+    """Number of values of each channel on real frames, at least 1."""
+    if real is None:
+        return max(1, x.shape[0] * x.shape[2] * x.shape[3])
     return (real.sum() * x.shape[2]).clamp(min=1)
 
 
@@ -463,7 +467,9 @@ OPERATOR = Operator(
     _flops,
     Fused(_forward, _backward, differentiable=(0, 2, 3, 4, 5, 6), saved=(2, 3), unsupported=_unsupported),
     statistics=2,
-    analytic=Fused(_analytic_forward, _analytic_backward, differentiable=(0, 2, 3, 4, 5, 6), saved=(0, 2, 3)),
+    analytic=Fused(
+        _analytic_forward, _analytic_backward, differentiable=(0, 2, 3, 4, 5, 6), saved=(0, 2, 3, 4), kept=1
+    ),
 )
 
 

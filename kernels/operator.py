@@ -207,23 +207,26 @@ def check_shapes(operator_name: str, **tensors: tuple[Tensor | None, str]) -> di
     A digit in a pattern stands for itself; a tensor that is None is skipped. Raises ValueError with the
     shape that was got and the one that was expected.
     """
-    sizes: dict[str, int] = {}
+    sizes: dict[str | int, int] = {}
     for name, (tensor, pattern) in tensors.items():
         if tensor is None:
             continue
-        axes = pattern.split()
-        expected = [int(axis) if axis.isdigit() else sizes.get(axis) for axis in axes]
-        fits = len(axes) == tensor.dim() and all(
-            want is None or want == got for want, got in zip(expected, tensor.shape)
-        )
-        if not fits:
-            known = [axis if want is None else str(want) for axis, want in zip(axes, expected)]
+        axes, shape = _axes(pattern), tensor.shape
+        expected = [sizes.get(axis, axis) for axis in axes]  # names of axes that are yet unknown stay
+        if len(axes) != len(shape) or any(
+            want != got and type(want) is not str for want, got in zip(expected, shape)
+        ):
             raise ValueError(
-                f"{operator_name}: {name} has shape {tuple(tensor.shape)}, "
-                f"expected ({', '.join(axes)}) = ({', '.join(known)})"
+                f"{operator_name}: {name} has shape {tuple(shape)}, "
+                f"expected ({', '.join(map(str, axes))}) = ({', '.join(map(str, expected))})"
             )
-        sizes.update({axis: size for axis, size in zip(axes, tensor.shape) if not axis.isdigit()})
+        sizes.update(zip(axes, shape))
     return sizes
+
+
+@functools.lru_cache(maxsize=256)
+def _axes(pattern: str) -> tuple[str | int, ...]:
+    return tuple(int(axis) if axis.isdigit() else axis for axis in pattern.split())
 
 
 def check_mask(operator_name: str, mask: Tensor) -> None:
@@ -360,16 +363,16 @@ def _analytic_obstacle(args: Sequence[Any]) -> str | None:
     """Why the passes in PyTorch cannot run with these arguments; None if they can."""
     if torch.compiler.is_compiling():
         return "the code is being compiled, which needs the reference"
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    elsewhere = next((t for t in tensors if t.device.type != "cpu" or isinstance(t, FakeTensor)), None)
-    if elsewhere is not None:
-        return (
-            f"it has a {type(elsewhere).__name__} on {elsewhere.device}; its passes in PyTorch are for CPUs"
-        )
-    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
-    if _autocast_dtype(floating[0].device.type) is not None:
+    dtypes = set()
+    for tensor in args:
+        if not isinstance(tensor, Tensor):
+            continue
+        if not tensor.is_cpu or isinstance(tensor, FakeTensor):
+            return f"it has a {type(tensor).__name__} on {tensor.device}; its passes in PyTorch are for CPUs"
+        if tensor.is_floating_point():
+            dtypes.add(tensor.dtype)
+    if torch.is_autocast_enabled("cpu"):
         return "autocast is on; it computes in the precision of its tensors"
-    dtypes = {tensor.dtype for tensor in floating}
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
         return f"it has {', '.join(sorted(map(str, dtypes)))} tensors; it computes in float32 or float64, one of them"
     return None
