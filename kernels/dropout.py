@@ -49,8 +49,8 @@ def dropout_kept(x: Tensor, probabilities: Sequence[float], seeds: Tensor | None
         return [None] * len(probabilities)
     n, c, t = x.shape
     # Vectors as short as these cost what their calls cost, which numpy's do less of than torch's.
-    seeds = seeds.numpy().astype(np.uint64).reshape(-1)
-    keys = lowbias32(lowbias32(seeds.astype(np.uint32)) ^ (seeds >> 32).astype(np.uint32))
+    halves = seeds.reshape(-1, 1).contiguous().numpy().view(np.uint32)  # the lower one first
+    keys = lowbias32(lowbias32(halves[:, 0]) ^ halves[:, 1])
     rows = _hashed_once_more(keys[:, None] ^ np.arange(n * c, dtype=np.uint32))
     frame = _frame_bits(t)
     return [None if p == 0.0 else _kept(row.view(n, c, 1) ^ frame, p) for row, p in zip(rows, probabilities)]

@@ -14,6 +14,8 @@ from operators import arguments, as_tuple, converted, gradients, without_dropout
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from trgnet.kernels import BackendError, Operator, operator, operator_table, use_backend
+from trgnet.kernels.dilated_conv import analytic_dilated_conv, analytic_dilated_conv_gradients
+from trgnet.kernels.dropout import dropout_kept
 from trgnet.kernels.dynamic_graph_conv import BLOCK_ELEMENTS
 
 from trgnet import kernels
@@ -21,6 +23,10 @@ from trgnet import kernels
 # The optimizer's operator works in place: tests/test_moment_update.py.
 OPERATORS = [name for name, _ in operator_table() if name != "moment_update"]
 ANALYTIC = [name for name in OPERATORS if operator(name).analytic]
+ANALYTIC_CASES = [
+    *((name, case) for name in ANALYTIC for case in ("padded", "unpadded")),
+    ("attention_layer", "encoder"),
+]
 ON_A_CPU = [
     (name, backend) for name in OPERATORS for backend in operator(name).backends if backend != "triton"
 ]
@@ -230,6 +236,17 @@ def test_encoder_form_of_the_attention_layer():
     )
 
 
+@pytest.mark.parametrize("p", [(0.05, 0.5), (0.0, 0.3), (0.25, 0.0)], ids=str)
+def test_kept_elements_are_those_of_the_dropout(p: tuple[float, float]):
+    x, seeds = torch.ones(3, 8, 1001), torch.tensor([-7, 2**40 + 7])
+    for kept, probability, seed in zip(dropout_kept(x, p, seeds), p, seeds):
+        expected = kernels.dropout(x, probability, seed)
+        assert torch.equal(expected, x) if kept is None else torch.equal(kept, expected.ne(0).to(torch.uint8))
+        (alone,) = dropout_kept(x, (probability,), seed)
+        assert alone is kept is None or torch.equal(alone, kept)
+    assert dropout_kept(x, p, None) == [None, None]
+
+
 def test_dropout_depends_on_seed_and_position_only():
     seed = torch.tensor(123)
     x = torch.ones(2, 3, 50, dtype=torch.float64)
@@ -347,9 +364,15 @@ def test_operators_without_analytic_passes_say_so():
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("name", ANALYTIC)
-def test_analytic_passes_follow_the_reference_with_its_dropout(name: str, size: tuple[int, int, int]):
-    args = arguments(name, *size)
+@pytest.mark.parametrize(("name", "case"), ANALYTIC_CASES)
+def test_analytic_passes_follow_the_reference_with_its_dropout(
+    name: str, case: str, size: tuple[int, int, int]
+):
+    args = list(arguments(name, *size))
+    if case == "unpadded":
+        args = [torch.ones_like(a) if isinstance(a, Tensor) and a.dtype == torch.bool else a for a in args]
+    if case == "encoder":
+        args[2] = None
     before = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
     got, expected = (as_tuple(operator(name)(*args, backend=b)) for b in ("analytic", "reference"))
     for ours, truth in zip(got, expected, strict=True):
@@ -362,6 +385,21 @@ def test_analytic_passes_follow_the_reference_with_its_dropout(name: str, size: 
     assert all(torch.equal(a, b) for a, b in zip(args, before) if isinstance(a, Tensor)), (
         "an input was changed"
     )
+
+
+@pytest.mark.parametrize(
+    ("frames", "dilation"), [(9, 1), (9, 2), (9, 8), (9, 9), (9, 10), (1, 1), (1, 4)], ids=str
+)
+def test_convolution_by_products_is_the_convolution(frames: int, dilation: int):
+    x, weight, bias = (
+        torch.randn(*shape, dtype=torch.float64).requires_grad_()
+        for shape in ((2, 4, frames), (6, 4, 3), (6,))
+    )
+    y = torch.conv1d(x, weight, bias, padding=dilation, dilation=dilation)
+    gz = torch.randn_like(y)
+    torch.testing.assert_close(analytic_dilated_conv(x, weight, bias, dilation), y)
+    expected = torch.autograd.grad(y, (x, weight, bias), gz)
+    torch.testing.assert_close(analytic_dilated_conv_gradients(gz, x, weight, dilation), expected)
 
 
 @pytest.mark.parametrize("name", ANALYTIC)
