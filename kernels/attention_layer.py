@@ -294,10 +294,10 @@ def _analytic_backward(
     along = torch.linalg.vecdot(gh, deviation, dim=2).unsqueeze(2) * rstd.square() / frames
     gz = masked_(gh.addcmul_(deviation, along, value=-1).sub_(mean), real).add_(gr)
     torch.ops.aten.threshold_backward.grad_input(gz, o, 0.0, grad_input=gz)
-    grad_x, grad_conv_weight, grad_conv_bias = analytic_dilated_conv_gradients(gz, x, conv_weight, dilation)
+    grad_x, *of_conv = analytic_dilated_conv_gradients(gz, x, conv_weight, dilation, grad)
     return (
-        grad_x.add_(grad), grad_source, grad_conv_weight, grad_conv_bias, grad_query_key_weight,
-        grad_query_key_bias, grad_value_weight, grad_value_bias, grad_attention_weight, grad_attention_bias, grad_output_weight, grad_output_bias,
+        grad_x, grad_source, *of_conv, grad_query_key_weight, grad_query_key_bias, grad_value_weight, grad_value_bias,
+        grad_attention_weight, grad_attention_bias, grad_output_weight, grad_output_bias,
     )  # fmt: skip
 
 

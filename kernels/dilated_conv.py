@@ -44,12 +44,12 @@ def analytic_dilated_conv(x: Tensor, weight: Tensor, bias: Tensor, d: int) -> Te
 
 
 def analytic_dilated_conv_gradients(
-    gz: Tensor, x: Tensor, weight: Tensor, d: int
+    gz: Tensor, x: Tensor, weight: Tensor, d: int, residual: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`analytic_dilated_conv` by x, weight and bias."""
+    """Gradients of :func:`analytic_dilated_conv` by x, to which `residual` is added, by weight and by bias."""
     past, present, future = (tap.expand(len(x), -1, -1) for tap in weight.permute(2, 1, 0).contiguous())
     early, late = _apart(d, x.shape[2])
-    grad_x = torch.bmm(present, gz)
+    grad_x = torch.baddbmm(residual, present, gz)
     grad_x[..., early].baddbmm_(past, gz[..., late])
     grad_x[..., late].baddbmm_(future, gz[..., early])
     pairs = (gz[..., late], x[..., early]), (gz, x), (gz[..., early], x[..., late])

@@ -126,8 +126,8 @@ def _analytic_backward(
     grad_output_weight, grad_output_bias = (scale * d for d in pointwise_parameter_gradients(g, h))
     gz = pointwise_input_gradient(g, scale * output_weight)
     torch.ops.aten.threshold_backward.grad_input(gz, h, 0.0, grad_input=gz)
-    grad_x, grad_conv_weight, grad_conv_bias = analytic_dilated_conv_gradients(gz, x, conv_weight, dilation)
-    return grad_x.add_(grad), grad_conv_weight, grad_conv_bias, grad_output_weight, grad_output_bias
+    of_conv = analytic_dilated_conv_gradients(gz, x, conv_weight, dilation, grad)
+    return *of_conv, grad_output_weight, grad_output_bias
 
 
 @kernel

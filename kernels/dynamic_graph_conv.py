@@ -119,7 +119,7 @@ def _analytic_forward(
         else:
             torch.baddbmm(graph_n.sum(2, keepdim=True) * bias[:-2].view(-1, 1, 1), graph_n, value, out=z_n)
         for frames in _blocks(t, v):
-            s = _saturated(relations, bias, frames).mul_(beta)
+            s = _saturated(relations, bias, frames, beta)
             z_n[..., frames].add_(torch.bmm(_values(value, bias, frames), s).permute(1, 2, 0))
     return z, x.new_empty(0), x.new_empty(0)
 
@@ -174,14 +174,14 @@ def _values(value: Tensor, bias: Tensor | None, frames: slice) -> Tensor:
     return y
 
 
-def _saturated(relations: Tensor, bias: Tensor | None, frames: slice) -> Tensor:
-    """s of one sequence, transposed: (t, v, u)."""
+def _saturated(relations: Tensor, bias: Tensor | None, frames: slice, scale: Tensor | float = 1.0) -> Tensor:
+    """s of one sequence times a scale, transposed: (t, v, u)."""
     y = _frames_first(relations, frames)  # a difference of transposed tensors would be a transposed one
     if bias is not None:
         y.add_(bias[-2:].unsqueeze(1))
     # tanh(x) = 2 sigmoid(2 x) - 1, which is faster than torch.tanh on a CPU.
     received, sent = y.mul_(2).split(1, 1)
-    return (received - sent.mT).sigmoid_().mul_(2).sub_(1)
+    return (received - sent.mT).sigmoid_().mul_(2 * scale).sub_(scale)
 
 
 @device_function

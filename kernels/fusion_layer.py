@@ -118,7 +118,7 @@ def _analytic_backward(
     gz = only(pointwise_input_gradient(g, scale * weight2), kept)
     torch.ops.aten.gelu_backward.grad_input(gz, z, grad_input=gz)
     grad_weight1, grad_bias1 = pointwise_parameter_gradients(gz, x)
-    grad_x = pointwise_input_gradient(gz, weight1).add_(g)
+    grad_x = torch.baddbmm(g, weight1.mT.expand(len(gz), -1, -1), gz)
     return grad_x, gz, grad_weight1, grad_bias1, grad_weight2.mul_(scale), grad_bias2
 
 
