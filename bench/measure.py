@@ -2,7 +2,9 @@
 
 pytest-benchmark times, stores and compares. What it does not know is added here to a row's ``extra_info``: where it was
 measured, sizes, precision, the 20th and 80th percentile of the times, the rates that the median makes of the least bytes
-and FLOPs, their shares of what the device was measured to do at most, and the memory needed at most beside the inputs.
+and FLOPs, their shares of what the device was measured to do at most, the memory needed at most beside the inputs, and
+the time relative to the baseline's, which runs before every round: a machine may be slower for minutes, and rows of
+different minutes would say so of their functions.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from trgnet.runs import checkout_commit
 from . import device
 
 SECONDS_PER_ROW = 0.4 if device.ON_GPU else 1.0
-MOST_ROUNDS, FEWEST_ROUNDS = 20, 4
+FEWEST_ROUNDS, FEWEST_PAIRS = 4, 8
+MOST_ROUNDS = 20  # with empty caches; with full ones as many as there is time for
 
 
 class Deadline:
@@ -58,6 +61,7 @@ class Measure:
         precision: str = "float32",
         cost: Cost | None = None,
         on_device: bool = True,
+        beside: Callable[[], object] | None = None,
     ) -> None:
         """Time `function`, which has been checked.
 
@@ -69,12 +73,9 @@ class Measure:
             cost: the least work, the same for every provider.
             on_device: whether it computes with tensors: then caches are emptied before every round, and the peak of the
                 memory is measured, in a call of its own.
+            beside: the baseline's function, where this is another provider's and caches are emptied.
         """
-
-        def synchronised() -> None:
-            function()
-            device.synchronize()
-
+        synchronised = _synchronised(function)
         benchmark = self.benchmark
         benchmark.group = f"{section}: {what}"
         info = device.facts() | run_facts() | {
@@ -85,12 +86,41 @@ class Measure:
             return
         peak = device.peak_memory(synchronised) if on_device else None  # warms up as well
         info["peak_memory_bytes"] = peak
-        rounds = _rounds(synchronised)
-        setup = device.evict_caches if on_device else None
+        rounds = max(_rounds_in_time(synchronised), FEWEST_PAIRS if beside else FEWEST_ROUNDS)
+        rounds = min(rounds, MOST_ROUNDS) if on_device else rounds
+        baseline = _Timed(beside) if beside else lambda: None
+
+        def setup() -> None:
+            baseline()
+            if on_device:
+                device.evict_caches()
+
         benchmark.pedantic(synchronised, setup=setup, rounds=rounds, warmup_rounds=1)
-        times = benchmark.stats.stats.sorted_data
+        times = benchmark.stats.stats.data
         info |= dict(zip(("p20", "p80"), np.percentile(times, (20, 80)).tolist()))
+        if beside:
+            info["relative_time"] = float(np.median(np.divide(times, baseline.seconds[-rounds:])))
         benchmark.extra_info |= info | rates(cost, benchmark.stats["median"], precision)
+
+
+class _Timed:
+    """A function that writes down how long its calls took."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self.function, self.seconds = _synchronised(function), []
+
+    def __call__(self) -> None:
+        started = time.perf_counter()
+        self.function()
+        self.seconds.append(time.perf_counter() - started)
+
+
+def _synchronised(function: Callable[[], object]) -> Callable[[], None]:
+    def call() -> None:
+        function()
+        device.synchronize()
+
+    return call
 
 
 def rates(cost: Cost | None, seconds: float, precision: str) -> dict[str, float]:
@@ -108,11 +138,10 @@ def rates(cost: Cost | None, seconds: float, precision: str) -> dict[str, float]
     }
 
 
-def _rounds(function: Callable[[], object]) -> int:
+def _rounds_in_time(function: Callable[[], object]) -> int:
     started = time.perf_counter()
     function()
-    fitting = int(SECONDS_PER_ROW / (time.perf_counter() - started))
-    return min(MOST_ROUNDS, max(FEWEST_ROUNDS, fitting))
+    return int(SECONDS_PER_ROW / (time.perf_counter() - started))
 
 
 @lru_cache(maxsize=1)

@@ -31,6 +31,10 @@ class Row:
         """Section, function and precision."""
         return self.info["section"], self.info["what"], self.info["dtype"]
 
+    def relative_time(self, baseline: Row) -> float:
+        """That of rounds that took turns with the baseline's, where there are such; else that of the medians."""
+        return self.info.get("relative_time", self.median / baseline.median)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -188,7 +192,7 @@ def markdown(run: Run, providers: Sequence[str]) -> str:
         if base is None or section == "scaling":
             continue
         name = f"{section.partition(', ')[2]} of {what}" if ", " in section else what
-        times = {who: (1e3 * row.median, row.median / base.median) for who, row in by.items()}
+        times = {who: (1e3 * row.median, row.relative_time(base)) for who, row in by.items()}
         lines.append([f"{name}, {precision}, ms", *(_pair(times.get(who)) for who in providers)])
         if section == "network":
             peaks = {who: row.info["peak_memory_bytes"] / 1e6 for who, row in by.items()}
@@ -223,7 +227,7 @@ def _cells(row: Row, baseline: Row) -> list[str]:
     info = row.info
     memory, least = info["peak_memory_bytes"], baseline.info["peak_memory_bytes"]
     cells = [info["provider"], *(f"{1e3 * s:.3f}" for s in (row.median, info["p20"], info["p80"]))]
-    cells.append(f"{row.median / baseline.median:.3g}")
+    cells.append(f"{row.relative_time(baseline):.3g}")
     cells += ["", ""] if memory is None else [f"{memory / 1e6:.1f}", f"{memory / least:.2f}" if least else ""]
     if "GB/s" not in info:
         return [*cells, "", "", "", ""]

@@ -16,6 +16,7 @@ from trgnet.skeleton import SKELETONS
 from .agreement import Results, assert_agreement
 from .measure import Measure
 from .operators import BENCH_SIZE
+from .report import BASELINE
 from .step import SKELETON_OF, Network
 
 TRAINED = BENCH_SIZE
@@ -41,6 +42,11 @@ def agreed_network(provider: str, precision: str) -> Network:
     return timed
 
 
+@lru_cache(maxsize=1)
+def baseline_network(precision: str) -> Network:
+    return Network(BASELINE, TRAINED, precision)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_training(measure: Measure, precision: str, provider: str, task: str):
     network = agreed_network(provider, precision)
@@ -51,6 +57,7 @@ def test_training(measure: Measure, precision: str, provider: str, task: str):
         provider=provider,
         shape=network.shape,
         precision=precision,
+        beside=None if provider == BASELINE else lambda: TASKS[task](baseline_network(precision)),
     )
 
 
@@ -70,6 +77,7 @@ def test_inference(measure: Measure, precision: str, provider: str):
         provider=provider,
         shape=timed.shape,
         precision=precision,
+        beside=None if provider == BASELINE else Network(BASELINE, INFERRED, precision, training=False).infer,
     )
 
 

@@ -11,6 +11,7 @@ from trgnet.kernels import Cost, operator
 from .agreement import Results, assert_agreement
 from .measure import Measure
 from .operators import BENCH_SIZE, Call, Case, make_case
+from .report import BASELINE
 
 OPERATORS = (
     "multiscale_graph_conv",
@@ -51,6 +52,7 @@ def agreed_call(name: str, provider: str, precision: str) -> Call:
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operator(measure: Measure, name: str, precision: str, provider: str, direction: str):
     call = agreed_call(name, provider, precision)
+    beside = Call(name, case_of(name), BASELINE, precision, dropout=True)
     measure(
         call.outputs if direction == "forward" else call,
         section="operators, " + direction,
@@ -59,6 +61,7 @@ def test_operator(measure: Measure, name: str, precision: str, provider: str, di
         shape=asdict(SIZE),
         precision=precision,
         cost=cost_of(name, backward=direction != "forward"),
+        beside=None if provider == BASELINE else beside.outputs if direction == "forward" else beside,
     )
 
 

@@ -31,7 +31,7 @@ def run_bench(*arguments: str, before: str = "") -> subprocess.CompletedProcess[
     """`python -m bench` in a process of its own; `before` is done first there."""
     code = f"import sys; {before}\nfrom bench.__main__ import main\nsys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "150"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
@@ -58,6 +58,14 @@ def test_a_run_is_stored_with_what_its_rows_are_worth(stored):
             assert row.info["GB/s"] == pytest.approx(row.info["bytes"] / row.median / 1e9)
             assert 0 < row.info["share_of_copy_bandwidth"] < 10
             assert row.info["peak_memory_bytes"] > 0
+        took_turns = row.info["section"] != "metrics" and row.info["provider"] == "ours"
+        assert (row.info.get("relative_time", 0.0) > 0) == took_turns
+
+
+def test_relative_times_are_those_of_turns_with_the_baseline_where_there_are_such():
+    baseline = report.Row("published", 3.0, {})
+    assert report.Row("ours", 1.5, {"relative_time": 0.4}).relative_time(baseline) == 0.4
+    assert report.Row("ours", 1.5, {}).relative_time(baseline) == 0.5
 
 
 def test_a_run_is_printed_and_drawn(stored):
