@@ -28,7 +28,7 @@ from . import device
 
 SECONDS_PER_ROW = 0.4 if device.ON_GPU else 1.0
 FEWEST_ROUNDS, FEWEST_PAIRS = 4, 8
-MOST_ROUNDS = 20  # with empty caches; with full ones as many as there is time for
+MOST_ROUNDS, MOST_WARM_ROUNDS = 20, 1000  # with empty and with full caches
 
 
 class Deadline:
@@ -87,18 +87,20 @@ class Measure:
         peak = device.peak_memory(synchronised) if on_device else None  # warms up as well
         info["peak_memory_bytes"] = peak
         rounds = max(_rounds_in_time(synchronised), FEWEST_PAIRS if beside else FEWEST_ROUNDS)
-        rounds = min(rounds, MOST_ROUNDS) if on_device else rounds
-        baseline = _Timed(beside) if beside else lambda: None
+        rounds = min(rounds, MOST_ROUNDS if on_device else MOST_WARM_ROUNDS)
+        evict = device.evict_caches if on_device else lambda: None
+        baseline = _Timed(beside) if beside else None
 
         def setup() -> None:
-            baseline()
-            if on_device:
-                device.evict_caches()
+            evict()
+            if baseline:
+                baseline()
+                evict()
 
         benchmark.pedantic(synchronised, setup=setup, rounds=rounds, warmup_rounds=1)
         times = benchmark.stats.stats.data
         info |= dict(zip(("p20", "p80"), np.percentile(times, (20, 80)).tolist()))
-        if beside:
+        if baseline:
             info["relative_time"] = float(np.median(np.divide(times, baseline.seconds[-rounds:])))
         benchmark.extra_info |= info | rates(cost, benchmark.stats["median"], precision)
 
