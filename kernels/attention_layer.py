@@ -277,10 +277,8 @@ def _analytic_backward(
     gp = torch.empty_like(query_key)
     for half, gradient, value in zip(gp.chunk(2, 1), (grad_query, grad_key), (query, key)):
         torch.ops.aten.sigmoid_backward.grad_input(gradient, value, grad_input=half)
-    grad_query_key_weight, grad_query_key_bias = (
-        (torch.bmm(gp, deviation.mT) * rstd.mT).sum(0),
-        gp.sum((0, 2)),
-    )
+    grad_query_key_weight = (torch.bmm(gp, deviation.mT) * rstd.mT).sum(0)
+    grad_query_key_bias = gp.sum((0, 2))
     gh = pointwise_input_gradient(gp, query_key_weight * rstd.mT)
     grad_source = None
     if source is None:

@@ -1,4 +1,4 @@
-"""Dilated convolution of kernel size 3 over frames, as a part of other operators' kernels.
+"""Dilated convolution of kernel size 3 over frames, as a part of other operators.
 
     y[n,o,t] = bias[o] + sum_(g,j) weight[o,g,j] x[n,g,t + (j - 1) d]            zero outside of the sequence
 

@@ -70,9 +70,8 @@ def _hashed_once_more(x: np.ndarray) -> Tensor:
 def _kept(bits: Tensor, p: float) -> Tensor:
     """Where a hash, of which all but the first step is to be done in place, is at least p * 2^32."""
     bits, threshold = _second_step(bits), _threshold(p)
-    if (
-        threshold % 2**16
-    ):  # else the comparison sees nothing of the lower 16 bits, all that the last step changes
+    # The last step changes the lower 16 bits alone, of which a comparison with a multiple of 2^16 sees nothing.
+    if threshold % 2**16 != 0:
         bits = _last_step(bits)
     return bits.ge_(threshold).to(torch.uint8)
 
