@@ -3,8 +3,8 @@
 pytest-benchmark times, stores and compares. What it does not know is added here to a row's ``extra_info``: where it was
 measured, sizes, precision, the 20th and 80th percentile of the times, the rates that the median makes of the least bytes
 and FLOPs, their shares of what the device was measured to do at most, the memory needed at most beside the inputs, and
-the time relative to the baseline's, which runs before every round: a machine may be slower for minutes, and rows of
-different minutes would say so of their functions.
+in networks and operators the time relative to the baseline's, which runs before every round: a machine may be slower for
+minutes, and rows of different minutes would say so of their functions.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ class Row:
 
     def relative_time(self, baseline: Row) -> float:
         """That of rounds that took turns with the baseline's, where there are such; else that of the medians."""
-        return self.info.get("relative_time", self.median / baseline.median)
+        in_turns = baseline.info["provider"] == BASELINE and "relative_time" in self.info
+        return self.info["relative_time"] if in_turns else self.median / baseline.median
 
 
 @dataclass(frozen=True)

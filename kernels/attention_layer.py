@@ -349,7 +349,7 @@ def _shares(query: Tensor, normaliser: Tensor) -> Tensor:
 @torch.inference_mode(False)
 def _head_patterns(heads: int, features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Which features each head has, (heads, F), and which pairs of features are of one head, (F, F)."""
-    one_head = torch.eye(heads, dtype=dtype).repeat_interleave(features // heads, dim=1)
+    one_head = torch.eye(heads, dtype=dtype, device="cpu").repeat_interleave(features // heads, dim=1)
     return one_head, one_head.mT @ one_head
 
 

@@ -224,7 +224,6 @@ def check_shapes(operator_name: str, **tensors: tuple[Tensor | None, str]) -> di
     return sizes
 
 
-@functools.lru_cache(maxsize=256)
 def _axes(pattern: str) -> tuple[str | int, ...]:
     return tuple(int(axis) if axis.isdigit() else axis for axis in pattern.split())
 

@@ -63,9 +63,10 @@ def test_a_run_is_stored_with_what_its_rows_are_worth(stored):
 
 
 def test_relative_times_are_those_of_turns_with_the_baseline_where_there_are_such():
-    baseline = report.Row("published", 3.0, {})
-    assert report.Row("ours", 1.5, {"relative_time": 0.4}).relative_time(baseline) == 0.4
-    assert report.Row("ours", 1.5, {}).relative_time(baseline) == 0.5
+    baseline, other = (report.Row(who, 3.0, {"provider": who}) for who in ("published", "reference"))
+    ours = report.Row("ours", 1.5, {"provider": "ours", "relative_time": 0.4})
+    assert ours.relative_time(baseline) == 0.4 and ours.relative_time(other) == 0.5
+    assert report.Row("ours", 1.5, {"provider": "ours"}).relative_time(baseline) == 0.5
 
 
 def test_a_run_is_printed_and_drawn(stored):

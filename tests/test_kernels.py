@@ -25,7 +25,7 @@ OPERATORS = [name for name, _ in operator_table() if name != "moment_update"]
 ANALYTIC = [name for name in OPERATORS if operator(name).analytic]
 ANALYTIC_CASES = [
     *((name, case) for name in ANALYTIC for case in ("padded", "unpadded")),
-    ("attention_layer", "encoder"),
+    *(("attention_layer", case) for case in ("encoder", "unpadded encoder")),
 ]
 ON_A_CPU = [
     (name, backend) for name in OPERATORS for backend in operator(name).backends if backend != "triton"
@@ -369,9 +369,9 @@ def test_analytic_passes_follow_the_reference_with_its_dropout(
     name: str, case: str, size: tuple[int, int, int]
 ):
     args = list(arguments(name, *size))
-    if case == "unpadded":
+    if "unpadded" in case:
         args = [torch.ones_like(a) if isinstance(a, Tensor) and a.dtype == torch.bool else a for a in args]
-    if case == "encoder":
+    if "encoder" in case:
         args[2] = None
     before = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
     got, expected = (as_tuple(operator(name)(*args, backend=b)) for b in ("analytic", "reference"))
@@ -401,6 +401,13 @@ def test_convolution_by_products_is_the_convolution(frames: int, dilation: int):
     expected = torch.autograd.grad(y, (x, weight, bias), gz)
     got = analytic_dilated_conv_gradients(gz, x, weight, dilation, torch.full_like(x, 3.0))
     torch.testing.assert_close((got[0] - 3.0, *got[1:]), expected)
+
+
+def test_analytic_passes_do_not_depend_on_the_default_device():
+    args = arguments("attention_layer", f=12)  # sizes that no other test has
+    with torch.device("meta"):
+        got = operator("attention_layer")(*args, backend="analytic")
+    torch.testing.assert_close(got, operator("attention_layer")(*args, backend="reference"))
 
 
 @pytest.mark.parametrize("name", ANALYTIC)
