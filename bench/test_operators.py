@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import lru_cache
 
@@ -51,17 +52,19 @@ def agreed_call(name: str, provider: str, precision: str) -> Call:
 @pytest.mark.parametrize("direction", ["forward", "forward and backward"])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operator(measure: Measure, name: str, precision: str, provider: str, direction: str):
-    call = agreed_call(name, provider, precision)
-    beside = Call(name, case_of(name), BASELINE, precision, dropout=True)
+    def directed(call: Call) -> Callable[[], object]:
+        return call.outputs if direction == "forward" else call
+
+    baseline = None if provider == BASELINE else Call(name, case_of(name), BASELINE, precision, dropout=True)
     measure(
-        call.outputs if direction == "forward" else call,
+        directed(agreed_call(name, provider, precision)),
         section="operators, " + direction,
         what=name,
         provider=provider,
         shape=asdict(SIZE),
         precision=precision,
         cost=cost_of(name, backward=direction != "forward"),
-        beside=None if provider == BASELINE else beside.outputs if direction == "forward" else beside,
+        beside=None if baseline is None else directed(baseline),
     )
 
 

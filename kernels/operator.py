@@ -370,7 +370,7 @@ def _analytic_obstacle(args: Sequence[Any]) -> str | None:
             return f"it has a {type(tensor).__name__} on {tensor.device}; its passes in PyTorch are for CPUs"
         if tensor.is_floating_point():
             dtypes.add(tensor.dtype)
-    if torch.is_autocast_enabled("cpu"):
+    if _autocast_dtype("cpu") is not None:
         return "autocast is on; it computes in the precision of its tensors"
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
         return f"it has {', '.join(sorted(map(str, dtypes)))} tensors; it computes in float32 or float64, one of them"
