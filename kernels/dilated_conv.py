@@ -38,8 +38,9 @@ def analytic_dilated_conv(x: Tensor, weight: Tensor, bias: Tensor, d: int) -> Te
     past, present, future = (tap.expand(len(x), -1, -1) for tap in weight.permute(2, 0, 1).contiguous())
     early, late = _apart(d, x.shape[2])
     y = torch.baddbmm(bias.view(-1, 1), present, x)
-    y[..., late].baddbmm_(past, x[..., early])
-    y[..., early].baddbmm_(future, x[..., late])
+    # Not baddbmm_: where its result is a part of the frames, torch multiplies sequence by sequence.
+    y[..., late].add_(torch.bmm(past, x[..., early]))
+    y[..., early].add_(torch.bmm(future, x[..., late]))
     return y
 
 
@@ -50,11 +51,13 @@ def analytic_dilated_conv_gradients(
     past, present, future = (tap.expand(len(x), -1, -1) for tap in weight.permute(2, 1, 0).contiguous())
     early, late = _apart(d, x.shape[2])
     grad_x = torch.baddbmm(residual, present, gz)
-    grad_x[..., early].baddbmm_(past, gz[..., late])
-    grad_x[..., late].baddbmm_(future, gz[..., early])
+    grad_x[..., early].add_(torch.bmm(past, gz[..., late]))
+    grad_x[..., late].add_(torch.bmm(future, gz[..., early]))
     pairs = (gz[..., late], x[..., early]), (gz, x), (gz[..., early], x[..., late])
-    grad_weight = torch.stack([torch.bmm(g, of.mT).sum(0) for g, of in pairs], 2)
-    return grad_x, grad_weight, gz.sum((0, 2))
+    by_tap = x.new_empty(3, len(x), *weight.shape[:2])
+    for product, (g, of) in zip(by_tap, pairs):
+        torch.bmm(g, of.mT, out=product)
+    return grad_x, by_tap.sum(1).permute(1, 2, 0), gz.sum((0, 2))
 
 
 def _apart(d: int, t: int) -> tuple[slice, slice]:
