@@ -202,20 +202,31 @@ def _analytic_backward(
         if frame_sum:
             g = g + grad_sum[:, channels].unsqueeze(3)
         g = torch.ops.aten.threshold_backward(g, out[:, channels], 0.0)
-        h = torch.sub(x[:, channels], _per_channel(used_mean, channels), out=grad_x[:, channels])
-        masked_(h, real).mul_(_per_channel(rstd, channels))
-        g_h, g_1 = _channel_sums(torch.linalg.vecdot(g, h, dim=3)), _channel_sums(g.sum(3))
+        g_h, g_1 = _gradient_sums(g, x[:, channels], used_mean[channels], rstd[channels])
         grad_weight[channels], grad_bias[channels] = g_h, g_1
         if grad_residual is not None:
             grad_residual[:, channels] = g
+        g.mul_(_per_channel(scale, channels))
         if of_batch:
-            h.mul_((-g_h / count).view(-1, 1, 1)).sub_((g_1 / count).view(-1, 1, 1))
-            masked_(h, real).add_(g)
+            slope, shift = -scale[channels] * rstd[channels] * g_h / count, -scale[channels] * g_1 / count
+            h = torch.sub(x[:, channels], _per_channel(used_mean, channels), out=grad_x[:, channels])
+            masked_(h.mul_(slope.view(-1, 1, 1)).add_(shift.view(-1, 1, 1)), real).add_(g)
         else:
-            h.copy_(g)
-        h.mul_(_per_channel(scale, channels))
+            grad_x[:, channels] = g
     statistics = (None, None) if of_batch else (-scale * grad_bias, -0.5 * scale * rstd * grad_weight)
     return grad_x, grad_weight, grad_bias, grad_residual, *statistics
+
+
+def _gradient_sums(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums of g h and of g over everything but the channels (F,): torch's for batches that are contiguous."""
+    sums = [
+        torch.ops.aten.native_batch_norm_backward(
+            *of_sequence, None, None, None, mean, rstd, True, 0.0, (False, True, True)
+        )[1:]
+        for of_sequence in zip(g.split(1), x.split(1))
+    ]
+    g_h, g_1 = (torch.stack(parts).sum(0) for parts in zip(*sums))
+    return g_h, g_1
 
 
 def _blocks(x: Tensor) -> list[slice]:
