@@ -64,7 +64,7 @@ from .launch import (
 from .operator import Fused, Operator, check_mask, check_shapes
 
 BLOCK_ELEMENTS = 1 << 21  # elements of the frame-level graph that exist at a time in the reference
-CACHED_ELEMENTS = 1 << 16  # and in the analytic passes
+CACHED_ELEMENTS = 1 << 17  # and in the analytic passes
 
 
 def _dynamic_graph_conv_reference(
