@@ -93,7 +93,7 @@ from .launch import (
 )
 from .operator import Fused, Operator, check_mask, check_shapes
 from .padding import masked, masked_, real_frames
-from .pointwise import pointwise, pointwise_input_gradient, pointwise_parameter_gradients
+from .pointwise import analytic_pointwise, pointwise, pointwise_input_gradient, pointwise_parameter_gradients
 from .precision import widened, without_autocast
 
 NORM_EPS = 1e-5
@@ -188,7 +188,7 @@ def _analytic_forward(
     o = analytic_dilated_conv(x, conv_weight, conv_bias, dilation).relu_()
     deviation, rstd = _deviation_and_rstd(o, real)
     # What scales rows of an operand, or a branch, scales its weights instead.
-    query_key = pointwise(deviation, query_key_weight * rstd.mT, query_key_bias).sigmoid_()
+    query_key = analytic_pointwise(deviation, query_key_weight * rstd.mT, query_key_bias).sigmoid_()
     query, key = query_key.chunk(2, 1)
     masked_(key, real)
     moment = torch.bmm(deviation if source is None else source, key.mT)
@@ -198,8 +198,8 @@ def _analytic_forward(
     output_scale = dropout_scale(output_dropout, seeds)
     attended = _attended(moment, query, key, value_weight, value_bias, scale * attention_weight, heads)
     share = _shares(query, attended.normaliser)
-    r = only(pointwise(share, attended.weight, scale * attention_bias), attention_kept).add_(o)
-    out = only(pointwise(r, output_scale * output_weight, output_scale * output_bias), output_kept)
+    r = only(analytic_pointwise(share, attended.weight, scale * attention_bias), attention_kept).add_(o)
+    out = only(analytic_pointwise(r, output_scale * output_weight, output_scale * output_bias), output_kept)
     out = masked_(out.add_(x), real)
     return out, o, rstd, query_key, *attended, r, attention_kept, output_kept, real
 
@@ -270,9 +270,8 @@ def _analytic_backward(
     grad_key_sum += pointwise_input_gradient(grad_per_head, value_bias.unsqueeze(1)).squeeze(1)
     if source is None:
         grad_moment.mul_(rstd)
-    grad_key = torch.baddbmm(
-        grad_key_sum.unsqueeze(2), grad_moment.mT, deviation if source is None else source
-    )
+    grad_key = torch.bmm(grad_moment.mT, deviation if source is None else source)
+    grad_key.add_(grad_key_sum.unsqueeze(2))
 
     gp = torch.empty_like(query_key)
     for half, gradient, value in zip(gp.chunk(2, 1), (grad_query, grad_key), (query, key)):

@@ -37,7 +37,7 @@ def analytic_dilated_conv(x: Tensor, weight: Tensor, bias: Tensor, d: int) -> Te
     """y, as a product per tap in the analytic passes: torch's convolution takes longer on a CPU."""
     past, present, future = (tap.expand(len(x), -1, -1) for tap in weight.permute(2, 0, 1).contiguous())
     early, late = _apart(d, x.shape[2])
-    y = torch.baddbmm(bias.view(-1, 1), present, x)
+    y = torch.bmm(present, x).add_(bias.view(-1, 1))
     # Not baddbmm_: where its result is a part of the frames, torch multiplies sequence by sequence.
     y[..., late].add_(torch.bmm(past, x[..., early]))
     y[..., early].add_(torch.bmm(future, x[..., late]))

@@ -62,7 +62,7 @@ from .frame_tiles import (
 from .launch import kernel, launch, launchable, rows, tl
 from .operator import Fused, Operator, check_mask, check_shapes
 from .padding import masked, masked_, real_frames
-from .pointwise import pointwise, pointwise_input_gradient, pointwise_parameter_gradients
+from .pointwise import analytic_pointwise, pointwise, pointwise_input_gradient, pointwise_parameter_gradients
 
 
 def _dilated_residual_reference(
@@ -99,7 +99,7 @@ def _analytic_forward(
     (kept,) = dropout_kept(x, (p,), seed)
     h = analytic_dilated_conv(x, conv_weight, conv_bias, dilation).relu_()
     scale = dropout_scale(p, seed)
-    out = only(pointwise(h, scale * output_weight, scale * output_bias), kept)
+    out = only(analytic_pointwise(h, scale * output_weight, scale * output_bias), kept)
     real = real_frames(mask, x.dtype)
     return masked_(out.add_(x), real), h, kept, real
 

@@ -55,7 +55,7 @@ from .frame_tiles import (
 from .launch import device_function, kernel, launch, launchable, planes, rows, target_of, tl, unit
 from .operator import Fused, Operator, check_mask, check_shapes
 from .padding import masked, masked_, real_frames
-from .pointwise import pointwise, pointwise_input_gradient, pointwise_parameter_gradients
+from .pointwise import analytic_pointwise, pointwise, pointwise_input_gradient, pointwise_parameter_gradients
 
 
 def _fusion_layer_reference(
@@ -90,8 +90,8 @@ def _analytic_forward(
     p: float,
 ) -> tuple[Tensor, Tensor, Optional[Tensor], Optional[Tensor]]:
     (kept,) = dropout_kept(x, (p,), seed)
-    z = pointwise(x, weight1, bias1).add_(spatial)
-    out = pointwise(only(functional.gelu(z), kept), dropout_scale(p, seed) * weight2, bias2)
+    z = analytic_pointwise(x, weight1, bias1).add_(spatial)
+    out = analytic_pointwise(only(functional.gelu(z), kept), dropout_scale(p, seed) * weight2, bias2)
     real = real_frames(mask, x.dtype)
     return masked_(out.add_(x), real), z, kept, real
 
