@@ -76,13 +76,20 @@ def _class_loss_reference(
 
 def _cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor, class_weights: Optional[Tensor]) -> Tensor:
     logp = torch.log_softmax(logits, dim=1)
+    target, share = _target_and_share(labels, mask, class_weights, logp.dtype)
+    return -(logp.gather(1, target).squeeze(1) * share).sum()
+
+
+def _target_and_share(
+    labels: Tensor, mask: Tensor, class_weights: Optional[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Label of each frame, (N, 1, T), 0 where it counts for nothing, and its share w[label] / W, (N, T)."""
     counted = mask.squeeze(1) & (labels != IGNORE)
     target = torch.where(counted, labels, 0)
-    weight = counted.to(logp.dtype)
+    weight = counted.to(dtype)
     if class_weights is not None:
-        weight = weight * class_weights.to(logp.dtype)[target]
-    picked = logp.gather(1, target.unsqueeze(1)).squeeze(1)
-    return -(picked * weight).sum() / weight.sum().clamp(min=torch.finfo(logp.dtype).tiny)
+        weight = weight * class_weights.to(dtype)[target]
+    return target.unsqueeze(1), weight / weight.sum().clamp(min=torch.finfo(dtype).tiny)
 
 
 def _smoothness(logits: Tensor, similarity: Tensor, mask: Tensor) -> Tensor:
@@ -118,7 +125,8 @@ def frame_similarity(x: Tensor, mask: Tensor) -> Tensor:
     check_mask("frame_similarity", mask)
     with torch.no_grad():
         step = x[..., 1:] - x[..., :-1]
-        similarity = torch.exp(-torch.linalg.vector_norm(step, dim=(1, 2)) / 2)
+        # Not vector_norm, which over two axes takes a CPU four times as long.
+        similarity = torch.exp(-step.square_().sum((1, 2)).sqrt_() / 2)
         return functional.pad(torch.where(mask[:, 0, 1:], similarity, 0), (1, 0))
 
 
@@ -128,6 +136,63 @@ def _class_flops(logits: Tensor, *_: object) -> tuple[int, int]:
 
 def _boundary_flops(logits: Tensor, *_: object) -> tuple[int, int]:
     return 8 * logits.numel(), 5 * logits.numel()
+
+
+def _analytic_class_loss(
+    logits: Tensor, labels: Tensor, similarity: Tensor, mask: Tensor, class_weights: Optional[Tensor]
+) -> tuple[Tensor, ...]:
+    """Behind the losses: sums of the softmax over classes, labels, shares, slopes, and both sums of those over time."""
+    z, later, earlier = _with_pairs(logits, mask)
+    classes = torch.logsumexp(z, 1, keepdim=True)
+    target, share = _target_and_share(labels, mask, class_weights, z.dtype)
+    cross_entropy = (share * (classes - z.gather(1, target)).squeeze(1)).sum()
+
+    sums = torch.stack([torch.logsumexp(of, 2, keepdim=True) for of in (later, earlier)])
+    step = (z[..., 1:] - z[..., :-1]).sub_(sums[0] - sums[1])
+    weight = similarity[:, 1:] / (z.shape[1] * mask[..., 1:].sum((1, 2)).clamp(min=1)).unsqueeze(1)
+    limit = TRUNCATION**0.5
+    smoothness = (step.clamp(-limit, limit).square_().sum(1) * weight).sum(1).mean()
+    # Steps as large as the limit are let through, but no larger ones.
+    beyond = torch.tensor(limit, dtype=z.dtype, device=z.device).nextafter(z.new_tensor(torch.inf)).item()
+    slopes = torch.ops.aten.hardtanh_backward(step, step, -beyond, beyond)
+    slopes.mul_((2 / max(1, len(z)) * weight).unsqueeze(1))
+    return cross_entropy, smoothness, classes, target, share, slopes, sums
+
+
+def _analytic_class_loss_gradient(
+    grad_cross_entropy: Tensor,
+    grad_smoothness: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    similarity: Tensor,
+    mask: Tensor,
+    class_weights: Optional[Tensor],
+    classes: Tensor,
+    target: Tensor,
+    share: Tensor,
+    slopes: Tensor,
+    sums: Tensor,
+    needed: Sequence[bool],
+) -> tuple[Tensor]:
+    z, later, earlier = _with_pairs(logits, mask)
+    grad = torch.sub(z, classes).exp_()
+    grad.scatter_add_(1, target, torch.full_like(classes, -1.0)).mul_(
+        (grad_cross_entropy * share).unsqueeze(1)
+    )
+    slopes = slopes * grad_smoothness
+    total = slopes.sum(2, keepdim=True)
+    grad[..., 1:].add_(slopes.sub(torch.sub(later, sums[0]).exp_().mul_(total)))
+    grad[..., :-1].sub_(slopes.sub_(torch.sub(earlier, sums[1]).exp_().mul_(total)))
+    return (grad if z is logits else grad.masked_fill_(~mask, 0),)
+
+
+def _with_pairs(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The logits, and those of the later and earlier frames of all pairs: as the reference masks them, where it must."""
+    if mask.all():
+        return logits, logits[..., 1:], logits[..., :-1]
+    z, paired = logits.masked_fill(~mask, 0), mask[..., 1:]
+    outside = ~paired & paired.any(2, keepdim=True)
+    return z, *(of.masked_fill(outside, -torch.inf) for of in (z[..., 1:], z[..., :-1]))
 
 
 @device_function
@@ -450,7 +515,7 @@ def _class_loss_unsupported(logits: Tensor, *others: Optional[Tensor]) -> str | 
 
 def _only_logits_differentiable(others: Sequence[Optional[Tensor]]) -> str | None:
     if any(tensor is not None and tensor.requires_grad for tensor in others):
-        return "an argument other than the logits requires a gradient; the kernels have none for it"
+        return "an argument other than the logits requires a gradient, which the reference alone has"
     return None
 
 
@@ -464,6 +529,14 @@ CLASS_LOSS = Operator(
         saved=(2, 3),
         kept=2,
         unsupported=_class_loss_unsupported,
+    ),
+    analytic=Fused(
+        _analytic_class_loss,
+        _analytic_class_loss_gradient,
+        differentiable=(0,),
+        saved=tuple(range(2, 7)),
+        kept=5,
+        unsupported=lambda _, *others: _only_logits_differentiable(others),
     ),
 )
 

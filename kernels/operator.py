@@ -63,7 +63,7 @@ class Fused:
     narrowed: tuple[int, ...] = ()
     """Positions of the arguments that autocast converts to its dtype, as it does for a matrix product."""
     unsupported: Callable[..., str | None] = lambda *_: None
-    """Called with the arguments; says why there is no kernel for them, None if there is."""
+    """Called with the arguments; says why the passes cannot take them, None if they can."""
 
 
 class Operator:
@@ -119,14 +119,15 @@ class Operator:
         if choice == "auto":
             if self.triton and _on_gpu(args) and self._obstacle(args) is None:
                 return "triton"
-            return "analytic" if self.analytic and _analytic_obstacle(args) is None else "reference"
+            return "analytic" if self.analytic and self._analytic_obstacle(args) is None else "reference"
         if choice not in self.backends:
             raise BackendError(
                 f"{self.name}: backend {choice!r} is forced, but this operator has only "
                 f"{', '.join(self.backends)}; choose one of them or 'auto' (argument backend=, use_backend() "
                 "or TRGNET_BACKEND)"
             )
-        reason = {"triton": self._obstacle, "analytic": _analytic_obstacle}.get(choice, lambda _: None)(args)
+        obstacles = {"triton": self._obstacle, "analytic": self._analytic_obstacle}
+        reason = obstacles.get(choice, lambda _: None)(args)
         if reason is not None:
             raise BackendError(f"{self.name}: backend {choice!r} is forced, but {reason}")
         return choice
@@ -139,6 +140,10 @@ class Operator:
             if isinstance(a, Tensor) and a.is_floating_point()
         }
         return obstacle(_tensors(args), dtypes) or self.triton.unsupported(*args)
+
+    def _analytic_obstacle(self, args: Sequence[Any]) -> str | None:
+        """Why the passes in PyTorch cannot run with these arguments; None if they can."""
+        return _analytic_obstacle(args) or self.analytic.unsupported(*args)
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         choice = self.choose(args, backend)
@@ -359,7 +364,7 @@ def _outputs(outputs: tuple[Tensor, ...], fused: Fused) -> Any:
 
 
 def _analytic_obstacle(args: Sequence[Any]) -> str | None:
-    """Why the passes in PyTorch cannot run with these arguments; None if they can."""
+    """Why no passes in PyTorch can run with these arguments; None if they can."""
     if torch.compiler.is_compiling():
         return "the code is being compiled, which needs the reference"
     dtypes = set()

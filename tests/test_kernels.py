@@ -358,6 +358,32 @@ def test_automatic_takes_the_analytic_passes_where_they_can_run(name: str):
         torch.compile(lambda *a: op(*a, backend="analytic"), fullgraph=True, backend="eager")(*args)
 
 
+def test_analytic_loss_leaves_gradients_of_the_similarity_to_the_reference():
+    op, (logits, labels, similarity, *rest) = operator("class_loss"), arguments("class_loss")
+    args = (logits, labels, similarity.clone().requires_grad_(), *rest)
+    assert op.choose(args, None) == "reference"
+    with pytest.raises(BackendError, match="'analytic' is forced, but an argument other than the logits"):
+        op.choose(args, "analytic")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_analytic_loss_lets_steps_of_just_the_limit_through(dtype: torch.dtype):
+    # The first frame is like the last one, so the normalisers of both softmaxes over time are the same.
+    logits = torch.tensor([0.0, 4.0, 0.0]).to(dtype).view(1, 1, 3).requires_grad_()
+    rest = (
+        torch.zeros(1, 3, dtype=torch.int64),
+        torch.ones(1, 3, dtype=dtype),
+        torch.ones(1, 1, 3).bool(),
+        None,
+    )
+    got, expected = (
+        torch.autograd.grad(operator("class_loss")(logits, *rest, backend=backend)[1], logits)[0]
+        for backend in ("analytic", "reference")
+    )
+    assert expected[0, 0, 1] > 4
+    torch.testing.assert_close(got, expected)
+
+
 def test_operators_without_analytic_passes_say_so():
     with pytest.raises(BackendError, match="segment_mean: backend 'analytic' is forced, but .* has only"):
         operator("segment_mean")(*arguments("segment_mean"), backend="analytic")
