@@ -50,10 +50,11 @@ def analytic_dilated_conv_gradients(
     """Gradients of :func:`analytic_dilated_conv` by x, to which `residual` is added, by weight and by bias."""
     past, present, future = (tap.expand(len(x), -1, -1) for tap in weight.permute(2, 1, 0).contiguous())
     early, late = _apart(d, x.shape[2])
+    gz_early, gz_late = gz[..., early], gz[..., late]
     grad_x = torch.baddbmm(residual, present, gz)
-    grad_x[..., early].add_(torch.bmm(past, gz[..., late]))
-    grad_x[..., late].add_(torch.bmm(future, gz[..., early]))
-    pairs = (gz[..., late], x[..., early]), (gz, x), (gz[..., early], x[..., late])
+    grad_x[..., early].add_(torch.bmm(past, gz_late))
+    grad_x[..., late].add_(torch.bmm(future, gz_early))
+    pairs = (gz_late, x[..., early]), (gz, x), (gz_early, x[..., late])
     by_tap = x.new_empty(3, len(x), *weight.shape[:2])
     for product, (g, of) in zip(by_tap, pairs):
         torch.bmm(g, of.mT, out=product)

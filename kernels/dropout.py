@@ -52,8 +52,8 @@ def dropout_kept(x: Tensor, probabilities: Sequence[float], seeds: Tensor | None
     halves = seeds.reshape(-1, 1).contiguous().numpy().view(np.uint32)  # the lower one first
     keys = lowbias32(lowbias32(halves[:, 0]) ^ halves[:, 1])
     rows = _hashed_once_more(keys[:, None] ^ np.arange(n * c, dtype=np.uint32))
-    frame = _frame_bits(t)
-    return [None if p == 0.0 else _kept(row.view(n, c, 1) ^ frame, p) for row, p in zip(rows, probabilities)]
+    bits = _second_step(rows.view(-1, n, c, 1) ^ _frame_bits(t))
+    return [None if p == 0.0 else _kept(of_mask, p) for of_mask, p in zip(bits, probabilities)]
 
 
 @lru_cache(maxsize=8)
@@ -68,8 +68,8 @@ def _hashed_once_more(x: np.ndarray) -> Tensor:
 
 
 def _kept(bits: Tensor, p: float) -> Tensor:
-    """Where a hash, of which all but the first step is to be done in place, is at least p * 2^32."""
-    bits, threshold = _second_step(bits), _threshold(p)
+    """Where a hash, whose last step is to be done, is at least p * 2^32; changes the bits."""
+    threshold = _threshold(p)
     # The last step changes the lower 16 bits alone, of which a comparison with a multiple of 2^16 sees nothing.
     if threshold % 2**16 != 0:
         bits = _last_step(bits)
