@@ -1,5 +1,6 @@
 # make train   train on the built-in motion capture and print the scores (ARGS="train.epochs=50" passes on)
-# make test    run every test
+# make test    run the tests, except the exhaustive ones, which take minutes each
+# make test-all   run every test
 # make bench   time everything beside the published formulation, print the tables, store and draw them
 # make compiled   print what the Triton kernels compile to for GPUs that need not be there
 #                 (TRITON="3.6.0 3.9.0" for other releases than the installed one)
@@ -16,12 +17,15 @@ SOURCES := setup.py pyproject.toml constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := train
-.PHONY: train test bench compiled clean
+.PHONY: train test test-all bench compiled clean
 
 train: $(VENV)/installed
 	$(BIN)/trgnet train $(ARGS)
 
 test: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m "not exhaustive" $(ARGS)
+
+test-all: $(VENV)/installed-test
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(VENV)/installed-test
