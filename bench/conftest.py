@@ -7,10 +7,10 @@ import os
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from trgnet.runs import versions
+from trgnet.versions import versions
 
 from . import device
-from .measure import Deadline, Measure, run_facts
+from .measure import Deadline, Measure
 from .providers import PRECISIONS, PROVIDERS
 
 
@@ -52,7 +52,7 @@ def measure(benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> Measure
 
 def pytest_benchmark_update_machine_info(config: object, machine_info: dict) -> None:
     """Add what decides a timing to the JSON file."""
-    machine_info |= device.facts() | run_facts() | {
+    machine_info |= device.facts() | device.run_facts() | {
         "cores": os.cpu_count(),
         "versions": versions(),
         "copy_bandwidth": device.copy_bandwidth(),

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from trgnet.runs import versions
+from trgnet.versions import checkout_commit, versions
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -115,6 +116,17 @@ def facts() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": versions()["triton"],
     }
+
+
+@lru_cache(maxsize=1)
+def run_facts() -> dict[str, Any]:
+    """Date, and the commit that was measured, with "+" where files differ from it; None outside of a clone."""
+    commit = checkout_commit()
+    if commit is not None:
+        status = ["git", "-C", Path(__file__).parents[1], "status", "--porcelain", "-uno"]
+        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
+        commit = commit[:12] + ("+" if changed else "")
+    return {"commit": commit, "date": date.today().isoformat()}
 
 
 def _cpu_name() -> str:

@@ -9,20 +9,13 @@ minutes, and rows of different minutes would say so of their functions.
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Callable, Mapping
-from datetime import date
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 from trgnet.kernels import Cost
-
-from trgnet.runs import checkout_commit
 
 from . import device
 
@@ -78,7 +71,7 @@ class Measure:
         synchronised = _synchronised(function)
         benchmark = self.benchmark
         benchmark.group = f"{section}: {what}"
-        info = device.facts() | run_facts() | {
+        info = device.facts() | device.run_facts() | {
             "section": section, "what": what, "provider": provider, "shape": dict(shape), "dtype": precision,
         }  # fmt: skip
         if benchmark.disabled:
@@ -144,14 +137,3 @@ def _rounds_in_time(function: Callable[[], object]) -> int:
     started = time.perf_counter()
     function()
     return int(SECONDS_PER_ROW / (time.perf_counter() - started))
-
-
-@lru_cache(maxsize=1)
-def run_facts() -> dict[str, Any]:
-    """Date, and the commit that was measured, with "+" where files differ from it; None outside of a clone."""
-    commit = checkout_commit()
-    if commit is not None:
-        status = ["git", "-C", Path(__file__).parents[1], "status", "--porcelain", "-uno"]
-        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
-        commit = commit[:12] + ("+" if changed else "")
-    return {"commit": commit, "date": date.today().isoformat()}

@@ -7,14 +7,14 @@ network would not do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from trgnet.kernels import operator
+from trgnet.kernels import Cost, operator
 from trgnet.kernels.loss_gate import new_control
 from trgnet.kernels.moment_update import Hyper
 
@@ -22,6 +22,20 @@ from . import published
 from .agreement import Results
 from .device import DEVICE, ON_GPU
 from .providers import BACKENDS, compiled, precision_of
+
+OPERATORS = (
+    "multiscale_graph_conv",
+    "dynamic_graph_conv",
+    "masked_batch_norm",
+    "attention_layer",
+    "fusion_layer",
+    "dilated_residual",
+    "class_loss",
+    "boundary_loss",
+    "segment_mean",
+    "pairwise_distance",
+)
+"""The operators that have a published formulation."""
 
 MADE_NARROW = {
     "attention_layer": (0, 2),
@@ -227,6 +241,13 @@ class Call:
 
     def _in_operator_layout(self, output: Tensor) -> Tensor:
         return output.mT if self.swapped else output
+
+
+def cost_of(name: str, args: Sequence[Any], backward: bool) -> Cost:
+    """The least bytes and FLOPs of a forward pass, or of forward and backward; the same for every provider."""
+    directions = (False, True) if backward else (False,)
+    costs = [operator(name).cost(*args, backward=direction) for direction in directions]
+    return Cost(sum(cost.bytes for cost in costs), sum(cost.flops for cost in costs))
 
 
 def _function(name: str, case: Case, provider: str) -> Callable[..., Any]:

@@ -7,25 +7,12 @@ from dataclasses import asdict
 from functools import lru_cache
 
 import pytest
-from trgnet.kernels import Cost, operator
 
 from .agreement import Results, assert_agreement
 from .measure import Measure
-from .operators import BENCH_SIZE, Call, Case, make_case
+from .operators import BENCH_SIZE, OPERATORS, Call, Case, cost_of, make_case
 from .report import BASELINE
 
-OPERATORS = (
-    "multiscale_graph_conv",
-    "dynamic_graph_conv",
-    "masked_batch_norm",
-    "attention_layer",
-    "fusion_layer",
-    "dilated_residual",
-    "class_loss",
-    "boundary_loss",
-    "segment_mean",
-    "pairwise_distance",
-)
 SIZE = BENCH_SIZE
 
 
@@ -63,16 +50,6 @@ def test_operator(measure: Measure, name: str, precision: str, provider: str, di
         provider=provider,
         shape=asdict(SIZE),
         precision=precision,
-        cost=cost_of(name, backward=direction != "forward"),
+        cost=cost_of(name, case_of(name).args, backward=direction != "forward"),
         beside=None if baseline is None else directed(baseline),
     )
-
-
-def cost_of(name: str, backward: bool) -> Cost:
-    """The least bytes and FLOPs, the same for every provider."""
-    args = case_of(name).args
-    costs = [
-        operator(name).cost(*args, backward=direction)
-        for direction in ((False, True) if backward else (False,))
-    ]
-    return Cost(sum(cost.bytes for cost in costs), sum(cost.flops for cost in costs))

@@ -18,9 +18,8 @@ from bench.__main__ import SECTIONS
 from bench.agreement import assert_agreement
 from bench.device import DEVICE, copy_bandwidth, matrix_rate, peak_memory
 from bench.measure import rates
-from bench.operators import Call, Size, make_case
+from bench.operators import OPERATORS, Call, Size, make_case
 from bench.providers import PRECISIONS
-from bench.test_operators import OPERATORS
 from bench.test_scaling import _check_affordable, _last
 
 ROOT = Path(__file__).parents[1]

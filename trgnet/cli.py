@@ -359,7 +359,7 @@ def _info(options: argparse.Namespace) -> None:
     from trgnet.kernels import BACKENDS, current_backend, operator_table
 
     from .evaluation import print_table
-    from .runs import versions
+    from .versions import versions
 
     table = Table(show_header=False, box=None)
     for name, version in versions().items():

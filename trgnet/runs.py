@@ -23,11 +23,8 @@ from __future__ import annotations
 
 import io
 import json
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +35,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from . import __version__
 from .config import Config, load_config, save_config
 from .data import Dataset, Preparation, Split
 from .errors import UserError, reading
@@ -46,6 +42,7 @@ from .files import PARTIAL, remove_partial, replacing, write_text
 from .model import TRGNet
 from .skeleton import Skeleton
 from .text import TextPrior
+from .versions import checkout_commit, versions
 
 BEGINNING = ("prior.npz", "run.json")
 """What a run folder holds before its configuration, which makes it one."""
@@ -109,29 +106,6 @@ def build_model(config: Config, info: RunInfo) -> TRGNet:
 def default_folder(config: Config) -> Path:
     """Where a training goes that was not told: ``runs/DATASET-DATE-TIME``."""
     return Path("runs") / f"{config.data.name}-{datetime.now():%Y%m%d-%H%M%S}"
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, this package and the libraries that decide its numbers."""
-    installed = {"torch": torch.__version__}  # unlike the metadata, it says for which CUDA it was built
-    for name in ("triton", "numpy"):
-        try:
-            installed[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            installed[name] = "not installed"
-    return {"trgnet": __version__, "python": platform.python_version(), **installed}
-
-
-def checkout_commit() -> str | None:
-    """The commit of the checkout that this package runs from; None when it is installed elsewhere."""
-    checkout = Path(__file__).resolve().parent.parent
-    if not (checkout / ".git").exists():
-        return None
-    try:
-        command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or no commit yet: the run is as good without
-        return None
 
 
 class Run:

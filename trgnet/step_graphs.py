@@ -14,14 +14,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .config import TrainConfig
 from .data import Batch
 from .errors import DataWarning, UserError
 from .processes import Processes
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
 
 Terms = dict[str, Tensor]
 Step = Callable[[Batch], Terms]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -13,7 +13,9 @@ from ..errors import UserError
 from ..skeleton import Skeleton
 from ..text import TextPrior
 from .labels import IGNORE, boundaries_of
-from .preparation import Preparation
+
+if TYPE_CHECKING:
+    from .preparation import Preparation
 
 __all__ = ["IGNORE", "Dataset", "Recording", "Split"]
 
