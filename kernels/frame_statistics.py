@@ -19,18 +19,32 @@ from .launch import device_function, kernel, launch, launchable, tl
 
 
 @device_function
-def store_part(parts_ptr, i_p, values, real, channels, m_channels, F, P, shared_count):
-    """Store part ``i_p`` of the channels: values and their mask (C, X, Y), ``shared_count`` real values each."""
-    values = tl.where(real, values, 0.0)
-    total = tl.maximum(shared_count, 1.0)
-    mean = tl.sum(tl.sum(values, 2), 1) / total  # [C]
-    deviation = tl.where(real, values - mean[:, None, None], 0.0)
-    squares = tl.sum(tl.sum(deviation * deviation, 2), 1)
+def store_moments(parts_ptr, i_p, count, mean, squares, channels, m_channels, F, P):
+    """Store part ``i_p`` of channels: their number of real values, mean, and sum of squared deviations, each [C]."""
     place = parts_ptr + channels.to(tl.int64) * P + i_p
     plane = F.to(tl.int64) * P
-    tl.store(place, tl.zeros_like(mean) + shared_count, mask=m_channels)
+    tl.store(place, tl.zeros_like(mean) + count, mask=m_channels)
     tl.store(place + plane, mean, mask=m_channels)
     tl.store(place + 2 * plane, squares, mask=m_channels)
+
+
+@device_function
+def store_part(parts_ptr, i_p, values, real, channels, m_channels, F, P, count):
+    """Store part ``i_p`` of channels from values and their mask (C, X, Y), ``count`` real values each."""
+    values = tl.where(real, values, 0.0)
+    mean = tl.sum(tl.sum(values, 2), 1) / tl.maximum(count, 1.0)  # [C]
+    deviation = tl.where(real, values - mean[:, None, None], 0.0)
+    squares = tl.sum(tl.sum(deviation * deviation, 2), 1)
+    store_moments(parts_ptr, i_p, count, mean, squares, channels, m_channels, F, P)
+
+
+@device_function
+def store_rows_part(parts_ptr, i_p, values, real, channels, m_channels, F, P, count):
+    """:func:`store_part` from values (C, X) of which the columns ``real`` [X] count."""
+    values = tl.where(real[None, :], values, 0.0)
+    mean = tl.sum(values, 1) / tl.maximum(count, 1.0)  # [C]
+    deviation = tl.where(real[None, :], values - mean[:, None], 0.0)
+    store_moments(parts_ptr, i_p, count, mean, tl.sum(deviation * deviation, 1), channels, m_channels, F, P)
 
 
 @device_function

@@ -34,7 +34,7 @@ import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
 
-from .frame_statistics import combined, new_parts, store_part
+from .frame_statistics import combined, new_parts, store_moments
 from .launch import (
     TILE_LIMIT,
     cdiv,
@@ -292,8 +292,11 @@ def _batch_norm_statistics_kernel(
     _, _, i_f, i_p, _, offsets, inside, real = _tile(mask_ptr, F, V, T * UNIT, NV, NT, BV, BT)
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     count = tl.sum(tl.sum(real.to(tl.float32), 1), 0)
-    one = tl.arange(0, 1)
-    store_part(parts_ptr, i_p, x[None], real[None], i_f + one, one == 0, F, P, count)
+    x = tl.where(real, x, 0.0)
+    mean = tl.sum(tl.sum(x, 1), 0) / tl.maximum(count, 1.0)
+    deviation = tl.where(real, x - mean, 0.0)
+    squares = tl.sum(tl.sum(deviation * deviation, 1), 0)
+    store_moments(parts_ptr, i_p, count, mean, squares, i_f, i_f < F, F, P)
 
 
 @kernel
