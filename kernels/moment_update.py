@@ -727,9 +727,9 @@ def _update_chunk(
     if ROUNDING == "stochastic":
         key = _hash32(_hash32(step.to(tl.int32) ^ seed) ^ counted.to(tl.int32))
     p_ptr, g_ptr = _pointer(table_ptr, i, P, ALIGNED), _pointer(table_ptr, tensors + i, G, ALIGNED)
-    m_ptr, v_ptr = (
-        _pointer(table_ptr, 2 * tensors + i, M, ALIGNED), _pointer(table_ptr, 3 * tensors + i, V, ALIGNED),
-    )  # fmt: skip
+    # One assignment each: Triton 3.6 has no None in a tuple.
+    m_ptr = _pointer(table_ptr, 2 * tensors + i, M, ALIGNED)
+    v_ptr = _pointer(table_ptr, 3 * tensors + i, V, ALIGNED)
     c_ptr = _pointer(table_ptr, 4 * tensors + i, C, ALIGNED)
     start = chunk * (TILE * TILES)
     end = tl.minimum(tl.load(table_ptr + 5 * tensors + i), start + TILE * TILES)
