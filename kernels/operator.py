@@ -5,6 +5,9 @@ of the same name (``torch.ops.trgnet.NAME``) with a fake implementation and auto
 has neither outputs nor autograd. Where it has Triton kernels, ``torch.ops.trgnet.NAME_triton`` launches them and
 ``NAME_triton_backward`` those of the gradient. Its file reads: formula and shapes, reference, FLOPs, passes in PyTorch with
 the gradient written out where it has them, kernels, public function.
+
+The ``torch.library`` ops are for compilers and whatever else looks at single operations. They take two to four times as
+long to call as a plain ``torch.autograd.Function``, which does the same in ordinary calls (``python -m bench.host``).
 """
 
 from __future__ import annotations
@@ -19,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_leaves
+from torch.nn import Parameter
 
 from .backend import BackendError, checked_backend, current_backend
 from .launch import obstacle
-from .precision import without_autocast
+from .precision import autocast_dtype, without_autocast
 
 _OPERATORS: dict[str, Operator] = {}
 
@@ -103,8 +106,9 @@ class Operator:
                 _register_in_place(f"{self.name}_triton", triton.forward, mutates) if triton else None
             )
         else:
-            self.op = _register(self, statistics)
+            self.op = _register(self.name, reference, statistics)
             self.triton_op = _register_triton(self.name, triton, statistics) if triton else None
+            self._functions = self._eager_functions()
         _OPERATORS[self.name] = self
 
     @property
@@ -117,6 +121,8 @@ class Operator:
         """Return the backend that a call with these arguments runs on; raises BackendError."""
         choice = current_backend() if forced is None else checked_backend(forced, self.name)
         if choice == "auto":
+            if _is_transformed():
+                return "reference"
             if self.triton and _on_gpu(args) and self._obstacle(args) is None:
                 return "triton"
             return "analytic" if self.analytic and self._analytic_obstacle(args) is None else "reference"
@@ -126,20 +132,30 @@ class Operator:
                 f"{', '.join(self.backends)}; choose one of them or 'auto' (argument backend=, use_backend() "
                 "or TRGNET_BACKEND)"
             )
-        obstacles = {"triton": self._obstacle, "analytic": self._analytic_obstacle}
-        reason = obstacles.get(choice, lambda _: None)(args)
+        reason = self._forced_obstacle(choice, args)
         if reason is not None:
             raise BackendError(f"{self.name}: backend {choice!r} is forced, but {reason}")
         return choice
 
+    def _forced_obstacle(self, choice: str, args: Sequence[Any]) -> str | None:
+        """Why a backend that the operator has cannot run with these arguments; None if it can."""
+        if choice == "reference":
+            return None
+        if _is_transformed():
+            return "the call is inside of a transform of torch.func, which needs the reference"
+        obstacles = {"triton": self._obstacle, "analytic": self._analytic_obstacle}
+        return obstacles[choice](args) if choice in obstacles else None
+
     def _obstacle(self, args: Sequence[Any]) -> str | None:
         """Why the Triton kernels cannot run with these arguments; None if they can."""
+        tensors = _tensors(args)
+        narrow = autocast_dtype(tensors[0].device.type)
         dtypes = {
-            _dtype_of(a, narrow=i in self.triton.narrowed)
+            narrow if narrow and i in self.triton.narrowed else a.dtype
             for i, a in enumerate(args)
             if isinstance(a, Tensor) and a.is_floating_point()
         }
-        return obstacle(_tensors(args), dtypes) or self.triton.unsupported(*args)
+        return obstacle(tensors, dtypes) or self.triton.unsupported(*args)
 
     def _analytic_obstacle(self, args: Sequence[Any]) -> str | None:
         """Why the passes in PyTorch cannot run with these arguments; None if they can."""
@@ -149,13 +165,33 @@ class Operator:
         choice = self.choose(args, backend)
         if choice == "reference":
             return self.reference(*args)
-        if choice == "analytic":
-            return _Analytic.apply(self, *args)
-        return self.op(*args) if choice == "recompute" else self._call_triton(*args)
+        if choice == "triton":
+            args = _autocast(args, self.triton.narrowed)
+        if choice == "analytic" or (not self._mutates and _is_eager(args)):
+            return self._functions[choice].apply(*args)
+        if choice == "recompute":
+            return self.op(*args)
+        outputs = self.triton_op(*args)
+        return None if self._mutates else _visible(outputs, self.triton.kept)
 
-    def _call_triton(self, *args: Any) -> Any:
-        outputs = self.triton_op(*_narrowed(args, self.triton.narrowed))
-        return None if self._mutates else _outputs(outputs, self.triton)
+    def _eager_functions(self) -> dict[str, type[torch.autograd.Function]]:
+        """Make an autograd.Function of every implementation but the reference."""
+        statistics = self.statistics
+        recompute = _recomputation(self.reference)
+        functions = {
+            "recompute": _function(self.name, "recompute", _fresh(self.reference), recompute, 0, statistics)
+        }
+        for backend, passes, wrap in (
+            ("analytic", self.analytic, _plain),
+            ("triton", self.triton, _launcher),
+        ):
+            if passes:
+                backward = wrap(passes.backward)
+                gradient = _written_out(passes, statistics, backward, torch._C._AutoDispatchBelowAutograd)
+                functions[backend] = _function(
+                    self.name, backend, wrap(passes.forward), gradient, passes.kept, statistics
+                )
+        return functions
 
     def triton_passes(
         self, args: Sequence[Any], gradient: Callable[[Tensor], Tensor]
@@ -246,31 +282,12 @@ def _register_in_place(name: str, function: Callable[..., None], mutates: tuple[
     return torch.library.custom_op(f"trgnet::{name}", function, mutates_args=mutates)
 
 
-def _register(operator: Operator, statistics: int) -> Any:
+def _register(name: str, reference: Callable[..., Any], statistics: int) -> Any:
     """Make ``torch.ops.trgnet.NAME`` from the reference: opaque to autograd, recomputed in backward."""
-    reference = operator.reference
-    op = torch.library.custom_op(
-        f"trgnet::{operator.name}",
-        _without_aliases(reference),
-        mutates_args=(),
-        schema=torch.library.infer_schema(reference, mutates_args=()),
-    )
+    schema = torch.library.infer_schema(reference, mutates_args=())
+    op = torch.library.custom_op(f"trgnet::{name}", _fresh(reference), mutates_args=(), schema=schema)
     op.register_fake(reference)
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*[a for a in inputs if isinstance(a, Tensor)])
-        ctx.rest = [None if isinstance(a, Tensor) else (a,) for a in inputs]
-        ctx.autocast = _autocast_state(inputs)
-        if statistics:
-            ctx.mark_non_differentiable(*output[-statistics:])
-
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = iter(ctx.saved_tensors)
-        args = [next(tensors) if other is None else other[0] for other in ctx.rest]
-        with ctx.autocast():
-            return _recomputed_gradients(reference, args, ctx.needs_input_grad, grad_outputs)
-
-    op.register_autograd(backward, setup_context=setup_context)
+    _register_autograd(op, _recomputation(reference), statistics)
     return op
 
 
@@ -278,90 +295,169 @@ def _register_triton(name: str, fused: Fused, statistics: int) -> Any:
     """Make ``torch.ops.trgnet.NAME_triton`` and ``NAME_triton_backward`` from a fused implementation."""
 
     def custom_op(op_name: str, function: Callable[..., Any]) -> Any:
-        @functools.wraps(function)
-        def launcher(*args: Any) -> Any:
-            like = _tensors(args)[0]
-            # Kernels read vectors by their index alone.
-            args = [a.contiguous() if isinstance(a, Tensor) and a.dim() == 1 else a for a in args]
-            with without_autocast(like):
-                return tuple(like.new_empty(0) if out is None else out for out in function(*args))
-
         schema = torch.library.infer_schema(function, mutates_args=())
-        op = torch.library.custom_op(f"trgnet::{op_name}", launcher, mutates_args=(), schema=schema)
-        op.register_fake(launcher)
+        op = torch.library.custom_op(
+            f"trgnet::{op_name}", _launcher(function), mutates_args=(), schema=schema
+        )
+        op.register_fake(_launcher(function))
         return op
 
     op = custom_op(f"{name}_triton", fused.forward)
-    by_products = statistics + fused.kept
     backward_op = custom_op(f"{name}_triton_backward", fused.backward)
+    by_products = statistics + fused.kept
+    _register_autograd(op, _written_out(fused, by_products, backward_op), by_products)
+    return op
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(
-            *[a for a in inputs if isinstance(a, Tensor)], *[output[i] for i in fused.saved]
-        )
-        ctx.rest = [None if isinstance(a, Tensor) else (a,) for a in inputs]
-        if by_products:
-            ctx.mark_non_differentiable(*output[-by_products:])
-            ctx._materialize_non_diff_grads = False  # or autograd writes zeros as large as they are
+
+def _register_autograd(op: Any, gradient: _Gradient, by_products: int) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        outputs = _as_tuple(output)
+        gradient.save(ctx, inputs, outputs)
+        _mark(ctx, outputs, by_products)
+
+    op.register_autograd(gradient.backward, setup_context=setup_context)
+
+
+def _launcher(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function that launches kernels: contiguous vectors in, tensors out, autocast off."""
+
+    @functools.wraps(function)
+    def launcher(*args: Any) -> tuple[Tensor, ...]:
+        like = next(a for a in args if isinstance(a, Tensor))
+        # Kernels read vectors by their index alone.
+        args = [a.contiguous() if isinstance(a, Tensor) and a.dim() == 1 else a for a in args]
+        with without_autocast(like):
+            return tuple([like.new_empty(0) if out is None else out for out in function(*args)])
+
+    return launcher
+
+
+def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function of PyTorch operations: autocast off."""
+
+    def call(*args: Any) -> Any:
+        with without_autocast(args[0]):
+            return function(*args)
+
+    return call
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    """How autograd differentiates an implementation, in an op and in a plain function alike."""
+
+    save: Callable[[Any, Sequence[Any], Sequence[Tensor]], None]
+    """Called with autograd's context, the arguments and all outputs."""
+    backward: Callable[..., tuple[Tensor | None, ...]]
+    """Called with the context and the gradients of the outputs."""
+
+
+def _recomputation(reference: Callable[..., Any]) -> _Gradient:
+    """The gradient by evaluating the reference again, which autograd differentiates then."""
+
+    def save(ctx: Any, args: Sequence[Any], outputs: Sequence[Tensor]) -> None:
+        _save(ctx, args)
+        ctx.autocast = _autocast_state(args)
 
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = iter(ctx.saved_tensors)
-        args = [next(tensors) if other is None else other[0] for other in ctx.rest]
+        args, _ = _saved(ctx)
+        with ctx.autocast():
+            return _recomputed_gradients(reference, args, ctx.needs_input_grad, grad_outputs)
+
+    return _Gradient(save, backward)
+
+
+def _written_out(
+    fused: Fused, by_products: int, call: Callable[..., Any], guard: Callable[[], Any] = nullcontext
+) -> _Gradient:
+    """The gradient that ``fused.backward`` computes; ``call`` is that function, or an op that calls it.
+
+    ``by_products`` says how many of the outputs that autograd knows, the last ones, have no gradient. Saved tensors are
+    asked for outside of ``guard``: for checkpointing that evaluates the forward pass again.
+    """
+
+    def save(ctx: Any, args: Sequence[Any], outputs: Sequence[Tensor]) -> None:
+        _save(ctx, args, [outputs[i] for i in fused.saved])
+
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        args, saved = _saved(ctx)
         needed = [ctx.needs_input_grad[i] for i in fused.differentiable]
         differentiable = grad_outputs[: len(grad_outputs) - by_products]
-        computed = fused.unpack(backward_op(*differentiable, *args, *tensors, needed), args)
+        with guard():
+            computed = fused.unpack(call(*differentiable, *args, *saved, needed), args)
         gradients: list[Tensor | None] = [None] * len(args)
         for i, gradient, need in zip(fused.differentiable, computed, needed, strict=True):
             gradients[i] = gradient if need else None
         return tuple(gradients)
 
-    op.register_autograd(backward, setup_context=setup_context)
-    return op
+    return _Gradient(save, backward)
 
 
-class _Analytic(torch.autograd.Function):
-    """The two passes of an analytic implementation.
+def _save(ctx: Any, args: Sequence[Any], outputs: Sequence[Tensor] = ()) -> None:
+    ctx.save_for_backward(*[a for a in args if isinstance(a, Tensor)], *outputs)
+    ctx.rest = [None if isinstance(a, Tensor) else (a,) for a in args]
 
-    No ``torch.library`` op, which is of use to compilers alone and takes longer to call: they get the reference. As inside
-    of such an op, calls of torch do not go by way of autograd, which has nothing to record and takes a microsecond of each.
+
+def _saved(ctx: Any) -> tuple[list[Any], list[Tensor]]:
+    """The arguments and the outputs that :func:`_save` was called with."""
+    tensors = iter(ctx.saved_tensors)
+    args = [next(tensors) if other is None else other[0] for other in ctx.rest]
+    return args, list(tensors)
+
+
+def _mark(ctx: Any, outputs: Sequence[Tensor], by_products: int) -> None:
+    """Tell autograd that the last outputs have no gradient."""
+    if by_products:
+        ctx.mark_non_differentiable(*outputs[-by_products:])
+        ctx._materialize_non_diff_grads = False  # or autograd writes zeros as large as they are
+
+
+def _function(
+    name: str, backend: str, call: Callable[..., Any], gradient: _Gradient, kept: int, statistics: int
+) -> type[torch.autograd.Function]:
+    """Make an autograd.Function of an implementation, for calls that :func:`_is_eager` is true of.
+
+    As inside of a ``torch.library`` op, calls of torch do not go by way of autograd, which has nothing to record and
+    takes a microsecond of each. ``call`` returns ``kept`` outputs more than the caller sees.
     """
 
-    @staticmethod
-    def forward(ctx: Any, operator: Operator, *args: Any) -> Any:
-        fused, statistics = operator.analytic, operator.statistics
-        ctx.name, ctx.fused = operator.name, fused
+    def forward(ctx: Any, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            outputs = fused.forward(*args)
-        ctx.tensors = [isinstance(a, Tensor) for a in args]
-        ctx.rest = [a for a in args if not isinstance(a, Tensor)]
-        ctx.save_for_backward(*[a for a in args if isinstance(a, Tensor)], *[outputs[i] for i in fused.saved])
-        visible = _outputs(outputs, fused)
-        if statistics:
-            ctx.mark_non_differentiable(*visible[-statistics:])
-        ctx.differentiable = len(outputs) - fused.kept - statistics
-        return visible
+            outputs = _as_tuple(call(*args))
+        gradient.save(ctx, args, outputs)
+        _mark(ctx, outputs[: len(outputs) - kept], statistics)
+        return _visible(outputs, kept)
 
-    @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # the gradient would pass for one that depends on nothing
             raise RuntimeError(
-                f"{ctx.name}: backend 'analytic' can be differentiated once only, got create_graph=True; choose backend "
+                f"{name}: backend {backend!r} can be differentiated once only, got create_graph=True; choose backend "
                 "'reference' (argument backend=, use_backend() or TRGNET_BACKEND)"
             )
-        tensors, rest = iter(ctx.saved_tensors), iter(ctx.rest)
-        args = [next(tensors) if is_tensor else next(rest) for is_tensor in ctx.tensors]
-        needed = [ctx.needs_input_grad[1 + i] for i in ctx.fused.differentiable]
-        with without_autocast(grad_outputs[0]), torch._C._AutoDispatchBelowAutograd():
-            computed = ctx.fused.backward(*grad_outputs[: ctx.differentiable], *args, *tensors, needed)
-        gradients: list[Tensor | None] = [None] * (1 + len(args))
-        for i, gradient, need in zip(ctx.fused.differentiable, computed, needed, strict=True):
-            gradients[1 + i] = gradient if need else None
-        return tuple(gradients)
+        return gradient.backward(ctx, *grad_outputs)
+
+    passes = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(f"{name}_{backend}", (torch.autograd.Function,), passes)
 
 
-def _outputs(outputs: tuple[Tensor, ...], fused: Fused) -> Any:
-    """What the caller sees of the outputs of ``fused``."""
-    outputs = outputs[: len(outputs) - fused.kept]
+def _is_eager(args: Sequence[Any]) -> bool:
+    """Whether nothing but autograd has to know of a call: no compiler, tracer, mode or subclass of tensors."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
+        and all(type(a) in (Tensor, Parameter) for a in args if isinstance(a, Tensor))
+    )
+
+
+def _is_transformed() -> bool:
+    """Whether the call is inside of a transform of torch.func; compilers unfold those."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _visible(outputs: tuple[Tensor, ...], kept: int) -> Any:
+    """What the caller sees of the outputs of an implementation."""
+    outputs = outputs[: len(outputs) - kept]
     return outputs if len(outputs) > 1 else outputs[0]
 
 
@@ -377,7 +473,7 @@ def _analytic_obstacle(args: Sequence[Any]) -> str | None:
             return f"it has a {type(tensor).__name__} on {tensor.device}; its passes in PyTorch are for CPUs"
         if tensor.is_floating_point():
             dtypes.add(tensor.dtype)
-    if _autocast_dtype("cpu") is not None:
+    if autocast_dtype("cpu") is not None:
         return "autocast is on; it computes in the precision of its tensors"
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
         return f"it has {', '.join(sorted(map(str, dtypes)))} tensors; it computes in float32 or float64, one of them"
@@ -385,26 +481,16 @@ def _analytic_obstacle(args: Sequence[Any]) -> str | None:
 
 
 def _on_gpu(args: Sequence[Any]) -> bool:
-    first = next((a for a in args if isinstance(a, Tensor)), None)
-    return (first is None or first.is_cuda) and all(tensor.is_cuda for tensor in _tensors(args))
+    first = args[0] if isinstance(args[0], Tensor) else _tensors(args)[0]
+    return first.is_cuda
 
 
-def _narrowed(args: Sequence[Any], positions: Sequence[int]) -> list[Any]:
+def _autocast(args: Sequence[Any], positions: Sequence[int]) -> Sequence[Any]:
     """The arguments, those at ``positions`` in autocast's dtype where autocast is on for their device."""
-    return [
-        a.to(_dtype_of(a, narrow=True)) if i in positions and a is not None else a for i, a in enumerate(args)
-    ]
-
-
-def _dtype_of(tensor: Tensor, narrow: bool) -> torch.dtype:
-    """The dtype that the kernels get a tensor in: autocast's where it narrows the tensor and is on, else its own."""
-    return (_autocast_dtype(tensor.device.type) if narrow else None) or tensor.dtype
-
-
-def _autocast_dtype(device: str) -> torch.dtype | None:
-    """What the autocast region converts to; None outside of one."""
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on else None
+    dtype = autocast_dtype(_tensors(args)[0].device.type)
+    if dtype is None:
+        return args
+    return [a.to(dtype) if i in positions and a is not None else a for i, a in enumerate(args)]
 
 
 def _recomputed_gradients(
@@ -432,11 +518,11 @@ def _recomputed_gradients(
 def _autocast_state(inputs: Sequence[Any]) -> Callable[[], Any]:
     """Remember the autocast region of the forward pass: backward runs outside of it."""
     device = next(a.device.type for a in inputs if isinstance(a, Tensor))
-    dtype = _autocast_dtype(device)
+    dtype = autocast_dtype(device)
     return nullcontext if dtype is None else lambda: torch.autocast(device, dtype=dtype)
 
 
-def _without_aliases(reference: Callable[..., Any]) -> Callable[..., Any]:
+def _fresh(reference: Callable[..., Any]) -> Callable[..., Any]:
     """A custom op may not return its own input, which a reference may (dropout of probability 0)."""
 
     def fresh(*args: Any) -> Any:
@@ -456,7 +542,13 @@ def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
 
 def _tensors(args: Sequence[Any]) -> list[Tensor]:
     """The tensors among the arguments, those in lists included."""
-    return [leaf for leaf in tree_leaves(list(args)) if isinstance(leaf, Tensor)]
+    found: list[Tensor] = []
+    for a in args:
+        if isinstance(a, Tensor):
+            found.append(a)
+        elif isinstance(a, (list, tuple)):
+            found += _tensors(a)
+    return found
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

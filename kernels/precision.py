@@ -22,7 +22,22 @@ def widened(x: Tensor) -> Tensor:
     return x.to(wide_dtype(x))
 
 
+# Asked once: dynamo of torch 2.11 cannot trace torch.amp.is_autocast_available. Tensors on other devices, such as meta,
+# know no autocast, and asking whether it is on there is an error.
+_WITH_AUTOCAST = frozenset(
+    device
+    for device in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")
+    if torch.amp.is_autocast_available(device)
+)
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """Return the dtype that autocast converts to on a type of device; None where it is off."""
+    on = device in _WITH_AUTOCAST and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
 def without_autocast(x: Tensor) -> Any:
     """A block in which autocast, if it is on for the device of ``x``, does not narrow what was widened."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)

@@ -138,7 +138,9 @@ def converted(args: tuple, dtype: torch.dtype, device: str = "cpu") -> tuple:
     )
 
 
-def gradients(outputs: tuple[Tensor, ...], args: tuple, *, allow_unused: bool = True) -> list[Tensor]:
+def gradients(
+    outputs: tuple[Tensor, ...], args: tuple, *, allow_unused: bool = True, retain_graph: bool = False
+) -> list[Tensor]:
     """Gradients of a fixed random projection of the outputs; of what no output depends on zeros, or an error."""
     generator = torch.Generator().manual_seed(1)
     projected = [o for o in outputs if o.requires_grad]
@@ -146,7 +148,12 @@ def gradients(outputs: tuple[Tensor, ...], args: tuple, *, allow_unused: bool = 
     wanted = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
     return list(
         torch.autograd.grad(
-            projected, wanted, weights, allow_unused=allow_unused, materialize_grads=allow_unused
+            projected,
+            wanted,
+            weights,
+            retain_graph=retain_graph,
+            allow_unused=allow_unused,
+            materialize_grads=allow_unused,
         )
     )
 
