@@ -34,9 +34,10 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from trgnet.kernels import operator, operator_table
+from trgnet.kernels.examples import HALF_ARGUMENTS
 from trgnet.kernels.launch import Launch, Target, interpreted, record_launches
 
-from .operators import MADE_NARROW, Size, make_case
+from .operators import Size, make_case
 
 ARCHITECTURES = {
     "sm_80": Target("cuda", 80),
@@ -111,7 +112,7 @@ def launches(job: Job) -> list[Launch]:
     """What forward and backward of an operator launch on the job's architecture."""
     dtype, matmul = PRECISIONS[job.precision]
     forms = make_case(job.operator, job.size).forms
-    narrow = {*operator(job.operator).triton.narrowed, *MADE_NARROW.get(job.operator, ())}
+    narrow = {*operator(job.operator).triton.narrowed, *HALF_ARGUMENTS.get(job.operator, ())}
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(matmul)
     try:

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from trgnet.kernels import Cost, operator
-from trgnet.kernels.loss_gate import new_control
-from trgnet.kernels.moment_update import Hyper
+from trgnet.kernels.examples import HALF_ARGUMENTS, Size, changed, example
 
 from . import published
 from .agreement import Results
@@ -36,36 +35,6 @@ OPERATORS = (
     "pairwise_distance",
 )
 """The operators that have a published formulation."""
-
-MADE_NARROW = {
-    "attention_layer": (0, 2),
-    "dynamic_graph_conv": (1,),
-    "masked_batch_norm": (0, 4),
-    "fusion_layer": (0, 1),
-    "dilated_residual": (0,),
-    "class_loss": (0,),
-    "boundary_loss": (0,),
-    "segment_mean": (0,),
-    "pairwise_distance": (0,),
-    "moment_update": (0, 1, 2, 3),
-}
-"""Positions of the arguments that come in half precision, as an operation before made them so under autocast; beside
-those that autocast narrows for the operator itself, ``Fused.narrowed``."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """Of a batch: sequences, input channels, joints, features, frames, hops, classes, segments, embedding."""
-
-    n: int = 2
-    c: int = 12
-    v: int = 25
-    f: int = 64
-    t: int = 1000
-    hops: int = 13
-    k: int = 52
-    segments: int = 64
-    d: int = 768
 
 
 @dataclass(frozen=True)
@@ -87,105 +56,60 @@ class Case:
     @property
     def network_args(self) -> tuple[Any, ...]:
         """The arguments as the network passes them."""
-        return self._with(self.network)
+        return changed(self.args, self.network)
 
     @property
     def forms(self) -> list[tuple[Any, ...]]:
         """The arguments of every form."""
-        return [self._with(changes) for changes in (self.network, self.other) if changes is not None]
-
-    def _with(self, changes: dict[int, Any]) -> tuple[Any, ...]:
-        return tuple(changes.get(i, a) for i, a in enumerate(self.args))
+        return [changed(self.args, changes) for changes in (self.network, self.other) if changes is not None]
 
 
-def make_case(name: str, size: Size = Size()) -> Case:
+SMALL = Size()
+
+
+def make_case(name: str, size: Size = SMALL) -> Case:
     """Random float32 arguments, without padding; what an operator differentiates requires gradients."""
-    generator = torch.Generator().manual_seed(0)
-    n, c, v, f, t, k = size.n, size.c, size.v, size.f, size.t, size.k
-
-    def random(*shape: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(*shape, generator=generator)).requires_grad_()
-
-    def linear(out: int, *inner: int) -> tuple[Tensor, Tensor]:
-        return random(out, *inner, scale=torch.Size(inner).numel() ** -0.5), random(out, scale=0.1)
-
-    mask = torch.ones(n, 1, t, dtype=torch.bool)
-    seeds, dilation, heads = torch.tensor([5, 7]), 16, 4
-    labels = torch.randint(0, k, (n, t), generator=generator)
-    similarity = torch.rand(n, t, generator=generator)
+    args = example(name, size, dtype=torch.float32, padded=False, dilation=16, heads=4)
     return {
         "multiscale_graph_conv": lambda: Case(
-            (random(n, c, v, t), random(size.hops, v, v, scale=v**-0.5), *linear(f, size.hops * c), None),
+            changed(args, {4: None}),
             lambda *args: published.multiscale_graph_conv(*args[:-1]),
             swapped=(0,),
-            network={4: mask},
+            network={4: args[4]},
         ),
         "dynamic_graph_conv": lambda: Case(
-            (random(n, f + 2, v, t), random(n, f, v, v), random(1), None, None),
+            changed(args, {3: None, 4: None}),
             _dynamic_graph_conv,
             swapped=(0,),
-            network={3: random(f + 2), 4: mask},
+            network={3: args[3], 4: args[4]},
         ),
         "masked_batch_norm": lambda: Case(
-            (
-                random(n, f, v, t),
-                mask,
-                random(f),
-                random(f),
-                random(n, f, v, t),
-                None,
-                None,
-                False,
-                False,
-                1e-5,
-            ),
-            _batch_norm,
-            swapped=(0, 4),
-            network={8: True},
+            changed(args, {8: False}), _batch_norm, swapped=(0, 4), network={8: True}
         ),
         "attention_layer": lambda: Case(
-            (
-                random(n, f, t),
-                mask,
-                None,
-                *linear(f, f, 3),
-                *linear(2 * f, f),
-                *linear(f, f),
-                *linear(f, f),
-                *linear(f, f),
-                seeds,
-                *(dilation, heads, 1.0, 0.05, 0.5),
-            ),
-            _attention_layer,
-            dropout=(-2, -1),
-            other={2: random(n, f, t)},
+            changed(args, {2: None}), _attention_layer, dropout=(-2, -1), other={2: args[2]}
         ),
         "fusion_layer": lambda: Case(
-            (random(n, f, t), random(n, f, t), mask, *linear(f, f), *linear(f, f), seeds[0], 0.3),
-            lambda *args: published.fusion_layer(*args[:-2], args[-1]),
-            dropout=(-1,),
+            args, lambda *args: published.fusion_layer(*args[:-2], args[-1]), dropout=(-1,)
         ),
         "dilated_residual": lambda: Case(
-            (random(n, f, t), mask, *linear(f, f, 3), *linear(f, f), seeds[0], dilation, 0.5),
-            lambda *args: published.dilated_residual(*args[:-3], *args[-2:]),
-            dropout=(-1,),
+            args, lambda *args: published.dilated_residual(*args[:-3], *args[-2:]), dropout=(-1,)
         ),
         "class_loss": lambda: Case(
-            (random(n, k, t), labels, similarity, mask, None),
+            changed(args, {4: None}),
             lambda logits, labels, similarity, *_: published.class_loss(logits, labels, similarity),
-            other={4: torch.ones(k)},
+            other={4: args[4]},
         ),
-        "moment_update": lambda: Case(_moment_update(random), None),
+        "moment_update": lambda: Case(args, None),
         "boundary_loss": lambda: Case(
-            (random(n, 1, t), (labels == 0).float(), mask, torch.tensor(float(k))),
-            lambda logits, target, _, pos_weight: published.boundary_loss(logits, target, pos_weight),
+            args, lambda logits, target, _, pos_weight: published.boundary_loss(logits, target, pos_weight)
         ),
-        "segment_mean": lambda: Case((random(n, f, t), *_segments(size)), published.segment_mean),
-        "pairwise_distance": lambda: Case((random(size.segments, size.d),), published.pairwise_distance),
+        "segment_mean": lambda: Case(args, published.segment_mean),
+        "pairwise_distance": lambda: Case(args, published.pairwise_distance),
     }[name]()
 
 
-BENCH_SIZE = Size(n=8, t=6000, segments=320) if ON_GPU else Size()
+BENCH_SIZE = Size(n=8, t=6000, segments=320) if ON_GPU else SMALL
 """Of the timed operators and networks: a batch of published training, or what a CPU can do in reasonable time."""
 
 
@@ -198,7 +122,7 @@ class Call:
         ]
         self.swapped = case.swapped if provider == "published" else ()
         self.precision = precision
-        narrow = MADE_NARROW.get(name, ()) if precision == "bfloat16" else ()
+        narrow = HALF_ARGUMENTS.get(name, ()) if precision == "bfloat16" else ()
         self.args = [
             _leaf(a.mT if i in self.swapped else a, _dtype(precision, i in narrow))
             if isinstance(a, Tensor)
@@ -268,37 +192,6 @@ def _leaf(a: Tensor, dtype: torch.dtype) -> Tensor:
     """A contiguous copy of ``a`` that no graph leads to; floating point in ``dtype``."""
     copy = a.detach().to(DEVICE).clone(memory_format=torch.contiguous_format)
     return copy.to(dtype).requires_grad_(a.requires_grad) if a.is_floating_point() else copy
-
-
-def _segments(size: Size) -> tuple[Tensor, Tensor, Tensor]:
-    """Equal segments that fill the batch: batch, start, length, each (S,)."""
-    per_sequence = size.segments // size.n
-    frames = size.t // per_sequence
-    starts = torch.arange(per_sequence).repeat(size.n) * frames
-    return torch.arange(size.n).repeat_interleave(per_sequence), starts, torch.full_like(starts, frames)
-
-
-def _moment_update(random: Callable[..., Tensor]) -> tuple[Any, ...]:
-    """Loss-gated second-moment scaling of convolution weights, whose moments are in the precision of the weights."""
-    params, grads, first, second = ([random(64, 64, 3, 3).detach() for _ in range(2)] for _ in range(4))
-    rows, counts = torch.tensor([Hyper(lr=0.1).row]), torch.zeros(2, 3)
-    scalars = [torch.ones(()) for _ in range(4)]  # loss, clipping coefficient, gradient scale, found_inf
-    rule = ("product", "mean", 0.0, False, "nearest", 0)
-    return (
-        params,
-        grads,
-        first,
-        second,
-        [],
-        [0, 0],
-        [0, 1],
-        rows,
-        counts,
-        new_control(),
-        None,
-        *scalars,
-        *rule,
-    )
 
 
 def _dynamic_graph_conv(x: Tensor, graph: Tensor, beta: Tensor, *_: object) -> Tensor:

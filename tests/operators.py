@@ -7,103 +7,17 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional
+from trgnet.kernels.examples import Size, example, lengths_mask  # noqa: F401  lengths_mask for the tests
 
 # With dropout the formulas differ: the position of the probabilities in the arguments, to switch it off.
 DROPOUT = {"attention_layer": (-1, -2), "fusion_layer": (-1,), "dilated_residual": (-1,)}
 
 
-def lengths_mask(n: int, t: int) -> Tensor:
-    """(n, 1, t): the first sequence is full, each further one is a third shorter than the last."""
-    lengths = [max(1, round(t * (2 / 3) ** i)) for i in range(n)]
-    return torch.arange(t) < torch.tensor(lengths).view(n, 1, 1)
-
-
 def arguments(name: str, n: int = 2, t: int = 9, v: int = 5, f: int = 8, *, seed: int = 0) -> tuple:
     """Float64 arguments of one operator as its ``Operator`` takes them; floating tensors require gradients."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
-
-    mask = lengths_mask(n, t)
-    masked = (random(n, f, t).detach() * mask).requires_grad_()
-    k, s, c = 4, 3, 3
-    seeds = torch.tensor([5, 2**40 + 7])
-    weights = [
-        w for shape in ((f, f, 3), (f,), (2 * f, f), (2 * f,), *((f, f), (f,)) * 3) for w in [random(*shape)]
-    ]
-    labels = torch.randint(0, k, (n, t), generator=generator)
-    labels[0, : t // 4] = 255
-    similarity = torch.rand(n, t, generator=generator, dtype=torch.float64) * mask[:, 0]
-    similarity[:, 0] = 0
-    lengths = mask.sum((1, 2))
-    halves = [
-        (i, start, length)
-        for i, total in enumerate(lengths.tolist())
-        for start, length in ((0, total // 2), (total // 2, total - total // 2))
-        if length
-    ]
-    return {
-        "multiscale_graph_conv": lambda: (
-            random(n, c, v, t),
-            random(s, v, v),
-            random(f, s * c),
-            random(f),
-            mask,
-        ),
-        "dynamic_graph_conv": lambda: (
-            random(n, f + 2, v, t),
-            random(n, f, v, v),
-            random(1),
-            random(f + 2),
-            mask,
-        ),
-        "masked_batch_norm": lambda: (
-            random(n, f, v, t),
-            mask,
-            random(f),
-            random(f),
-            random(n, f, v, t),
-            None,
-            None,
-            False,
-            True,
-            1e-5,
-        ),
-        "attention_layer": lambda: (masked, mask, random(n, f, t), *weights, seeds, 2, 2, 0.7, 0.05, 0.5),
-        "fusion_layer": lambda: (
-            masked,
-            random(n, f, t),
-            mask,
-            random(f, f),
-            random(f),
-            random(f, f),
-            random(f),
-            seeds[0],
-            0.3,
-        ),
-        "dilated_residual": lambda: (
-            masked,
-            mask,
-            random(f, f, 3),
-            random(f),
-            random(f, f),
-            random(f),
-            seeds[1],
-            2,
-            0.5,
-        ),
-        "class_loss": lambda: (
-            random(n, k, t),
-            labels,
-            similarity,
-            mask,
-            torch.linspace(0.5, 1.5, k).double(),
-        ),
-        "boundary_loss": lambda: (random(n, 1, t), (labels == 1).double(), mask, torch.tensor(7.0).double()),
-        "segment_mean": lambda: (random(n, f, t), *torch.tensor(halves).T.contiguous().unbind(0)),
-        "pairwise_distance": lambda: (random(n + 3, f),),
-    }[name]()
+    segments = n + 3 if name == "pairwise_distance" else 2 * n
+    size = Size(n=n, c=3, v=v, f=f, t=t, hops=3, k=4, segments=segments, d=f)
+    return example(name, size, seed=seed, scaled=False)
 
 
 def without_dropout(name: str, args: tuple) -> tuple:
