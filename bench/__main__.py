@@ -28,7 +28,7 @@ LIMIT = 540.0 if device.ON_GPU else None
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0, or 1 where a check failed, so that something was not timed."""
     options = _parser().parse_args(arguments)
-    console = Console(width=150)
+    console = Console(width=170)
     try:
         if options.show and options.markdown:
             print(markdown(load(options.show), options.markdown.split(",")))
