@@ -68,6 +68,8 @@ from .frame_tiles import (
     load_real,
     load_vector,
     needs_split_products,
+    one_warpgroup,
+    product_warps,
     sequence_and_part,
     split,
     split_gradients,
@@ -75,7 +77,6 @@ from .frame_tiles import (
     store_matrix,
     tile_constants,
     unsupported_frames,
-    warps,
     wide_precision,
 )
 from .launch import (
@@ -721,14 +722,11 @@ def _attention_weights_backward_kernel(
 
 
 def _frames(x: Tensor) -> int:
-    """Frames of a tile: fewer where operands are split, and for AMD where rows are not aligned."""
-    unaligned = unit(x.shape[2]) == 1 and target_of(x).backend == "hip"
-    return 16 if needs_split_products(x) or unaligned else 32
-
-
-def _warps(x: Tensor) -> int:
-    """Warps of the longest chain of products, whose split operands spill with more on Hopper, and with fewer elsewhere."""
-    return 4 if needs_split_products(x) and target_of(x).arch == 90 else warps(x)
+    """Return the frames of a tile: fewer where operands are split, and for AMD where rows are not aligned."""
+    aligned = unit(x.shape[2]) > 1
+    if needs_split_products(x):
+        return 32 if aligned and one_warpgroup(x) else 16
+    return 32 if aligned or target_of(x).backend != "hip" else 16
 
 
 def _dropouts(
@@ -774,7 +772,7 @@ def _forward(
         attention_weight.contiguous(), output_weight.contiguous(), packed, one_head, HEAD=head, F=f, BF=width,
     )  # fmt: skip
     x, mask, source = rows(x), rows(mask), None if source is None else rows(source.to(x.dtype))
-    constants = tile_constants(x, _frames(x)) | {"num_warps": warps(x)}
+    constants = tile_constants(x, _frames(x)) | {"num_warps": product_warps(x)}
     length, tiles = t // constants["UNIT"], cdiv(t, constants["BT"])
     per_sequence, steps = split(x, constants["BT"])
     programs, division = (n * per_sequence,), (length, per_sequence, steps)
@@ -836,18 +834,21 @@ def _backward(
         return grad_x, grad_source, x.new_zeros(columns, dtype=torch.float32)
     x, mask, grad = rows(x), rows(mask), rows(grad)
     source = None if source is None else rows(source.to(x.dtype))
-    constants = tile_constants(x, _frames(x)) | {"num_warps": warps(x)}
+    constants = tile_constants(x, _frames(x)) | {"num_warps": product_warps(x)}
     length, tiles, head = t // constants["UNIT"], cdiv(t, constants["BT"]), f // heads
     chain = {"HEAD": head, "WIDE": wide_precision(x), **constants}
+    # The longest chain of products: no room for more split operands.
+    first = chain | {"BT": 16 if needs_split_products(x) else constants["BT"]}
+    first_tiles = cdiv(t, first["BT"])
     gr, query_gh, gh = (torch.empty_like(x) for _ in range(3))
     operands = x.new_empty(8, n, f, t)
-    grad_sums = stats.new_empty(n, tiles, f * head + f)
+    grad_sums = stats.new_empty(n, first_tiles, f * head + f)
     query_bias, key_bias = query_key_bias.chunk(2)
     dropout_seeds, numbers = _dropouts(seeds, attention_dropout, output_dropout)
     launch(
-        _attention_output_backward_kernel, (n * tiles,), grad, mask, o, stats, sums, packed, one_head, query_bias,
+        _attention_output_backward_kernel, (n * first_tiles,), grad, mask, o, stats, sums, packed, one_head, query_bias,
         attention_bias, *dropout_seeds, gr, query_gh, operands, grad_sums, ATTENTION_EPS, scale, *numbers, n, length,
-        tiles, **(chain | {"num_warps": _warps(x)}),
+        first_tiles, **first,
     )  # fmt: skip
     norm_sums = stats.new_empty(n, tiles, 2 * f)
     launch(

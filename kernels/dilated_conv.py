@@ -24,6 +24,7 @@ from .frame_tiles import (
     load_real,
     load_vector,
     needs_split_products,
+    product_warps,
     sequence_and_part,
     store_frames,
     store_matrix,
@@ -225,9 +226,11 @@ def launch_dilated_conv_backward(
     constants = tile_constants(x, conv_backward_frames(x))
     d, stride = dilation_arguments(d)
     short = target_of(x).backend == "hip" or unit(t) == 1
-    apart = needs_split_products(x) or (norm is not None and short)
+    split_products = needs_split_products(x)
+    apart = split_products or (norm is not None and short)
     launch(
         _dilated_conv_backward_kernel, (n * per_sequence,), grad, mask, x, weight, gr,
         *(norm or (None, None, None, None)), grad_x, parts, d, t // constants["UNIT"], per_sequence, steps,
-        parts.shape[1], APART=apart, num_warps=warps(x), **stride, **constants,
+        parts.shape[1], APART=apart, num_warps=product_warps(x) if split_products else warps(x),
+        **stride, **constants,
     )  # fmt: skip

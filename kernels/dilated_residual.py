@@ -50,6 +50,7 @@ from .frame_tiles import (
     load_real,
     load_vector,
     needs_split_products,
+    product_warps,
     sequence_and_part,
     split,
     split_gradients,
@@ -59,7 +60,7 @@ from .frame_tiles import (
     unsupported_frames,
     warps,
 )
-from .launch import kernel, launch, launchable, rows, tl
+from .launch import kernel, launch, launchable, rows, tl, unit
 from .operator import Fused, Operator, check_mask, check_shapes
 from .padding import masked, masked_, real_frames
 from .pointwise import analytic_pointwise, pointwise, pointwise_input_gradient, pointwise_parameter_gradients
@@ -222,7 +223,7 @@ def _forward(
         launch(
             _dilated_residual_forward_kernel, (n * per_sequence,), x, mask, conv_weight.contiguous(), conv_bias,
             output_weight.contiguous(), output_bias, seed, out, *dropout_numbers, d, t // constants["UNIT"],
-            per_sequence, steps, num_warps=8 if split_products else 4, **stride, **constants,
+            per_sequence, steps, num_warps=product_warps(x) if split_products else 4, **stride, **constants,
         )  # fmt: skip
     return (out,)
 
@@ -252,10 +253,12 @@ def _backward(
     gz, parts = torch.empty_like(x), x.new_empty(n * division[0], columns, dtype=torch.float32)
     seed, *dropout_numbers = dropout_arguments(p, seed)
     d, stride = dilation_arguments(dilation)
+    split_products = needs_split_products(x)
+    num_warps = product_warps(x) if split_products or unit(t) > 1 else warps(x)
     launch(
         _dilated_residual_backward_kernel, (n * division[0],), grad, x, mask, conv_weight, conv_bias,
         output_weight.contiguous(), seed, gz, parts, *dropout_numbers, d, t // constants["UNIT"], *division,
-        PASSES=2 if needs_split_products(x) else 1, num_warps=warps(x), **stride, **constants,
+        PASSES=2 if split_products else 1, num_warps=num_warps, **stride, **constants,
     )  # fmt: skip
     launch_dilated_conv_backward(grad, mask, x, conv_weight, dilation, gz, None, grad_x, parts, division)
     return grad_x, parts.sum(0)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .launch import (
     TILE_LIMIT,
+    Target,
     cdiv,
     device_function,
     dot_precision,
@@ -61,6 +62,22 @@ def needs_split_products(x: Tensor) -> bool:
 def warps(x: Tensor, threads: int = 256) -> int:
     """Warps that have so many threads."""
     return threads // (64 if target_of(x).backend == "hip" else 32)
+
+
+def one_warpgroup(x: Tensor) -> bool:
+    """Return whether products of weights and tiles of frames take four warps: on Hopper.
+
+    Its matrix instruction multiplies 64 rows with four warps, one warpgroup. More warpgroups divide the columns, and each
+    needs at least 16: for eight columns of float32, Triton allocates less shared memory than the instruction reads
+    (triton issue 10629). So tiles of 16 frames take four warps, and eight warps take tiles of 32 frames or more.
+    ``python -m bench.compiled`` and tests/test_compiled.py look for such instructions in the compiled code.
+    """
+    return target_of(x) == Target("cuda", 90)
+
+
+def product_warps(x: Tensor) -> int:
+    """Return the warps of kernels that multiply weights with tiles of frames: one warpgroup on Hopper, else 256 threads."""
+    return 4 if one_warpgroup(x) else warps(x)
 
 
 def unsupported_frames(x: Tensor, *_: object) -> str | None:

@@ -43,6 +43,8 @@ from .frame_tiles import (
     load_real,
     load_vector,
     needs_split_products,
+    one_warpgroup,
+    product_warps,
     sequence_and_part,
     split,
     split_gradients,
@@ -229,12 +231,15 @@ def _forward_frames(x: Tensor) -> int:
     return 32 if needs_split_products(x) else 64
 
 
-def _backward_form(x: Tensor) -> tuple[int, int]:
-    """Frames of a tile, and passes."""
+def _backward_form(x: Tensor) -> tuple[int, int, int]:
+    """Return the frames of a tile, the passes and the warps."""
+    few = 4 if x.shape[1] <= 32 else product_warps(x)
     if needs_split_products(x):
-        return 16, 3
+        return (32 if unit(x.shape[2]) > 1 and one_warpgroup(x) else 16), 3, few
     target = target_of(x)
-    return 32, 1 if target.backend == "cuda" and 90 <= target.arch < 120 else 2
+    if target.backend == "cuda" and 90 <= target.arch < 120:
+        return 32, 1, 4 if x.shape[1] <= 32 else warps(x)
+    return 32, 2, few
 
 
 def _forward(
@@ -258,7 +263,8 @@ def _forward(
         launch(
             _fusion_layer_forward_kernel, (n * per_sequence,), x, spatial, mask, weight1.contiguous(), bias1,
             weight2.contiguous(), bias2, seed, out, *dropout_numbers, spatial.stride(0) // constants["UNIT"],
-            t // constants["UNIT"], per_sequence, steps, num_warps=8 if needs_split_products(x) else 4, **constants,
+            t // constants["UNIT"], per_sequence, steps, num_warps=product_warps(x) if needs_split_products(x) else 4,
+            **constants,
         )  # fmt: skip
     return (out,)
 
@@ -284,7 +290,7 @@ def _backward(
     if not launchable(x) or not x.numel():
         return grad_x, grad_spatial, x.new_zeros(columns, dtype=torch.float32)
     grad, x, spatial, mask = rows(grad), rows(x), planes(spatial), rows(mask)
-    frames, passes = _backward_form(x)
+    frames, passes, num_warps = _backward_form(x)
     constants = tile_constants(x, frames)
     per_sequence, steps = split(x, constants["BT"])
     parts = x.new_empty(n * per_sequence, columns, dtype=torch.float32)
@@ -293,7 +299,7 @@ def _backward(
         _fusion_layer_backward_kernel, (n * per_sequence,), grad, x, spatial, mask, weight1.contiguous(), bias1,
         weight2.contiguous(), seed, grad_x, grad_spatial, parts, *dropout_numbers,
         spatial.stride(0) // constants["UNIT"], t // constants["UNIT"], per_sequence, steps, PASSES=passes,
-        num_warps=4 if x.shape[1] <= 32 else warps(x), **constants,
+        num_warps=num_warps, **constants,
     )  # fmt: skip
     return grad_x, grad_spatial, parts.sum(0)
 

@@ -184,16 +184,16 @@ def obstacle(tensors: Sequence[Tensor], dtypes: set[torch.dtype]) -> str | None:
     unknown = dtypes - {torch.float32, torch.float16, torch.bfloat16}
     if unknown:
         return f"it has {', '.join(sorted(map(str, unknown)))} tensors; Triton computes in float32, float16 and bfloat16"
-    return known_miscompile("bfloat16 dot") if interpreter and torch.bfloat16 in dtypes else None
+    if interpreter:
+        return known_miscompile("interpreted bfloat16 dot") if torch.bfloat16 in dtypes else None
+    return known_miscompile("compiled reduction")
 
 
 @dataclass(frozen=True)
 class Miscompile:
-    """A construct that a range of Triton versions compiles wrongly for a range of architectures."""
+    """A construct that a range of Triton versions computes wrongly."""
 
     construct: str
-    backend: str
-    arch: range | None
     versions: tuple[str, str]
     """First version that has the fault, first that has not."""
     what: str
@@ -201,21 +201,21 @@ class Miscompile:
 
 MISCOMPILES = (
     Miscompile(
-        "bfloat16 dot", "interpreter", None, ("3.0", "99"),
+        "interpreted bfloat16 dot", ("3.0", "99"),
         "Triton's interpreter computes products of bfloat16 matrices wrongly; use float32 or float16, or a GPU",
     ),
+    # Triton issue 11186. Consulted for every operator: only the optimizer's kernel does without reductions.
     Miscompile(
-        "transposed dot result", "cuda", range(90, 100), ("3.0", "3.7.1"),
-        "Triton before 3.7.1 can miscompile the product of a transposed product on Hopper; install triton 3.7.1 or later",
+        "compiled reduction", ("3.8.0", "3.9.0"),
+        "Triton 3.8 compiles reductions wrongly; install triton 3.7.1 (pip install triton==3.7.1)",
     ),
 )  # fmt: skip
 
 
-def known_miscompile(construct: str, target: Target = Target("interpreter")) -> str | None:
-    """What goes wrong with ``construct`` on ``target`` in the installed Triton; None where nothing is known to."""
+def known_miscompile(construct: str) -> str | None:
+    """Return what goes wrong with ``construct`` in the installed Triton; None where nothing is known to."""
     for fault in MISCOMPILES:
-        affected = fault.arch is None or target.arch in fault.arch
-        if fault.construct == construct and fault.backend == target.backend and affected:
+        if fault.construct == construct:
             first, fixed = map(_version, fault.versions)
             if first <= _version(triton.__version__) < fixed:
                 return fault.what

@@ -19,9 +19,10 @@ import torch
 from allocations import Conversions, PeakMemory, PoisonedMemory
 from operators import arguments, as_tuple, converted, lengths_mask, without_dropout
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional
 from trgnet.kernels import BackendError, launch, operator, operator_table, use_backend
-from trgnet.kernels.launch import Target, known_miscompile, record_launches
+from trgnet.kernels.launch import Target, record_launches
 
 from trgnet import kernels
 from trgnet.model import SpatialModule
@@ -782,18 +783,22 @@ def test_bfloat16_is_refused_by_the_interpreter_and_everything_without_it():
     assert "tensors are on cpu; Triton needs a GPU, or TRITON_INTERPRET=1" in run.stdout
 
 
-def test_known_miscompiles_are_told_by_architecture_and_version(monkeypatch: pytest.MonkeyPatch):
-    for version, arch, affected in (
-        ("3.6.0", 90, True),
-        ("3.7.0+git1", 90, True),
-        ("3.7.1", 90, False),
-        ("3.6.0", 80, False),
-    ):
-        monkeypatch.setattr(launch.triton, "__version__", version)
-        fault = known_miscompile("transposed dot result", Target("cuda", arch))
-        assert (fault is not None) == affected, (version, arch)
-        assert known_miscompile("bfloat16 dot", Target("cuda", arch)) is None
-        assert known_miscompile("bfloat16 dot", Target("interpreter")) is not None
+@pytest.mark.parametrize("version, refused", [("3.7.1", False), ("3.8.0+git1", True), ("3.9.0", False)])
+def test_releases_of_triton_that_miscompile_are_refused(
+    version: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(launch, "_INTERPRETED", False)
+    monkeypatch.setattr(launch.triton, "__version__", version)
+    mode, on_gpu, op = FakeTensorMode(), torch.device("cuda", 0), operator("fusion_layer")
+    args = [
+        FakeTensor(mode, a.detach().to("meta"), on_gpu) if isinstance(a, Tensor) else a
+        for a in moved(arguments("fusion_layer", 2, 5, 3, 8), torch.float32)
+    ]
+    with record_launches(Target("cuda", 90)):
+        assert op.choose(args, None) == ("reference" if refused else "triton")
+        if refused:
+            with pytest.raises(BackendError, match="compiles reductions wrongly; install triton 3.7.1"):
+                op.choose(args, "triton")
 
 
 N, F, V, T = 1075, 8, 25, 8000  # 2.15e9 values in the output of the dynamic graph convolution
