@@ -1,15 +1,16 @@
 """Compiles every Triton kernel for GPUs that need not be there, and prints what came out.
 
-    python -m bench.compiled                     # every operator, precision and architecture; exit code 1 on a fault
-    python -m bench.compiled --arch sm_90 --operator dynamic_graph_conv --precision bfloat16
+    python -m bench.compiled                     # everything (an hour of two cores); exit code 1 on a fault
+    python -m bench.compiled --arch sm_90 --operator dynamic_graph_conv --precision bfloat16 --size published
     python -m bench.compiled --json FILE         # the same as records
 
     PYTHONPATH=DIR python -m bench.compiled      # with another release of Triton: pip install --no-deps --target DIR triton==3.9.0
 
 One row is one kernel at the configuration that it is launched with: registers per thread, shared memory per block,
 bytes that spill to local memory, the share of the bytes of its global accesses that are in 16-byte accesses, and the
-numbers of tensor-core and of float64 instructions. The kernels are found by recording what the operators launch, so a new
-one is here by itself. Compiling needs Triton only (its NVIDIA tools come with it), no GPU and no particular torch.
+numbers of tensor-core, of forbidden and of float64 instructions. The kernels are found by recording what the operators
+launch, so a new one is here by itself. Sizes and options of the operators that make other kernels are listed in ``SIZES``
+and ``VARIANTS``. Compiling needs Triton only (its NVIDIA tools come with it), no GPU and no particular torch.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from trgnet.kernels import operator, operator_table
-from trgnet.kernels.examples import HALF_ARGUMENTS
+from trgnet.kernels.examples import HALF_ARGUMENTS, Size, changed
 from trgnet.kernels.launch import Launch, Target, interpreted, record_launches
 
-from .operators import Size, make_case
+from .operators import make_case
 
 ARCHITECTURES = {
     "sm_80": Target("cuda", 80),
@@ -51,8 +52,51 @@ PRECISIONS = {
     "bfloat16": (torch.bfloat16, "highest"),
     "float16": (torch.float16, "highest"),
 }
-SIZE = Size(n=2, t=128)
-"""Published widths. Configurations depend on neither the batch nor the length, but on its being a multiple of 16."""
+SIZES = {
+    "published": Size(n=2, t=128),
+    "unaligned": Size(n=2, t=100),
+    "16 features": Size(n=2, t=128, f=16, v=17),
+    "24 features": Size(n=2, t=100, f=24, v=33),
+    "40 features": Size(n=2, t=128, f=40, v=19),
+    "128 joints": Size(n=2, t=128, v=128),
+}
+"""One size of every kind that kernels differ in: lengths that are a multiple of 16 or not (neither the length itself nor
+the batch matters), features that pad to 16, 32 and 64, and numbers of joints."""
+
+PLAIN = "plain"
+"""The variant as the network calls the operator."""
+VARIED = ("published", "unaligned")
+"""The sizes that variants are compiled at."""
+
+
+def _variants() -> dict[str, dict[str, dict[int, Any]]]:
+    """Return operator -> variant -> positions and values of the arguments that differ from the network's."""
+    moments = [torch.empty(64, 64, 3, 3), torch.empty(64 * 64 + 7)]
+    lcam = {3: [], 15: "sum"}
+    return {
+        "multiscale_graph_conv": {"no statistics": {4: None}},
+        "dynamic_graph_conv": {"no statistics": {3: None, 4: None}},
+        "masked_batch_norm": {"no residual": {4: None}, "no frame sum": {8: False}},
+        "attention_layer": {
+            "no dropout": {13: None},
+            "dilation 1": {14: 1},
+            "1 head": {15: 1},
+            "8 heads": {15: 8},
+        },
+        "fusion_layer": {"no dropout": {7: None}},
+        "dilated_residual": {"no dropout": {6: None}, "dilation 1": {7: 1}},
+        "moment_update": {
+            "LCAM": lcam,
+            "LCAM, window": lcam | {10: torch.empty(10), 16: "window", 18: True},
+            "SMES": {15: "average", 9: None, 11: None},
+            "GatedSMES, ema": {16: "ema", 17: 0.1},
+            "Kahan": {4: moments, 19: "kahan"},
+            "stochastic": {19: "stochastic"},
+        },
+    }
+
+
+VARIANTS = _variants()
 
 
 ALLOWED_SPILLS = {("gfx942", "3.6"): 44, ("gfx942", "3.9"): 84}
@@ -76,8 +120,12 @@ class Code:
     wide: float
     """Share of the bytes of all global loads and stores, counted once each, that are in 16-byte accesses."""
     matrix: int
+    forbidden: int
+    """Tensor-core instructions of eight columns on Hopper, see :func:`trgnet.kernels.frame_tiles.one_warpgroup`."""
     float64: int
     triton: str
+    size: str
+    variant: str
 
     @property
     def faults(self) -> list[str]:
@@ -86,6 +134,8 @@ class Code:
         release = ".".join(self.triton.split(".")[:2])
         if self.spilled > ALLOWED_SPILLS.get((self.arch, release), 0):
             found.append(f"spills {self.spilled} bytes")
+        if self.forbidden:
+            found.append(f"has {self.forbidden} tensor-core instructions of eight columns")
         if self.float64:
             found.append(f"has {self.float64} float64 instructions")
         if self.shared > self.shared_limit:
@@ -95,12 +145,13 @@ class Code:
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel of one operator to be compiled."""
+    """The kernels of one operator to be compiled, by names of PRECISIONS, ARCHITECTURES, SIZES and VARIANTS."""
 
     operator: str
     precision: str
     arch: str
-    size: Size = SIZE
+    size: str = "published"
+    variant: str = PLAIN
 
 
 def triton_operators() -> list[str]:
@@ -111,7 +162,8 @@ def triton_operators() -> list[str]:
 def launches(job: Job) -> list[Launch]:
     """What forward and backward of an operator launch on the job's architecture."""
     dtype, matmul = PRECISIONS[job.precision]
-    forms = make_case(job.operator, job.size).forms
+    changes = {} if job.variant == PLAIN else VARIANTS[job.operator][job.variant]
+    forms = [changed(form, changes) for form in make_case(job.operator, SIZES[job.size]).forms]
     narrow = {*operator(job.operator).triton.narrowed, *HALF_ARGUMENTS.get(job.operator, ())}
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(matmul)
@@ -166,6 +218,8 @@ def _facts(job: Job, launch: Launch, compiled: Any) -> Code:
         shared=compiled.metadata.shared,
         shared_limit=ARCHITECTURES[job.arch].shared_memory,
         triton=triton.__version__,
+        size=job.size,
+        variant=job.variant,
         **read(compiled.asm),
     )
 
@@ -184,6 +238,7 @@ def _nvidia_facts(asm: dict[str, Any]) -> dict[str, Any]:
         "spilled": stack + local,
         "wide": _wide_share(accesses),
         "matrix": sum(bool(re.match(r"[HIQBD]MMA|[HIQB]GMMA|UTC\w*MMA", o)) for o in opcodes),
+        "forbidden": len(re.findall(r"wgmma\.mma_async\S*\.m64n8k", asm["ptx"])),
         "float64": sum(
             bool(re.match(r"D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|.*\.F64|MUFU\.\w*64", o)) for o in opcodes
         ),
@@ -240,6 +295,7 @@ def _amd_facts(asm: dict[str, Any]) -> dict[str, Any]:
         "spilled": 4 * (field("vgpr_spill_count") + field("sgpr_spill_count")),
         "wide": _wide_share(accesses),
         "matrix": len(re.findall(r"^\s*v_mfma", code, re.M)),
+        "forbidden": 0,
         "float64": len(re.findall(r"^\s*v_\w*f64", code, re.M)),
     }
 
@@ -248,21 +304,36 @@ def _wide_share(widths: list[int]) -> float:
     return sum(w for w in widths if w >= 16) / max(1, sum(widths))
 
 
+def all_jobs(
+    operators: Iterable[str], precisions: Iterable[str], archs: Iterable[str], sizes: Iterable[str], plain: bool = False
+) -> list[Job]:
+    """Return the jobs of these names, those of variants included unless ``plain``."""
+    return [
+        Job(name, precision, arch, size, variant)
+        for name in operators
+        for precision in precisions
+        for arch in archs
+        for size in sizes
+        for variant in (PLAIN, *(VARIANTS.get(name, ()) if size in VARIED and not plain else ()))
+    ]
+
+
 def compile_all(jobs: Iterable[Job], processes: int) -> list[Code]:
-    """Compile in several processes; in the order of the jobs."""
+    """Compile in several processes; in the order of the jobs, without rows that repeat an earlier size or variant."""
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        return [code for codes in pool.map(compile_job, jobs, chunksize=1) for code in codes]
+        codes = [code for codes in pool.map(compile_job, jobs, chunksize=1) for code in codes]
+    return list({replace(code, size="", variant=""): code for code in reversed(codes)}.values())[::-1]
 
 
 def print_table(codes: Iterable[Code], console: Console) -> None:
     """One row for each kernel, precision and architecture."""
     table = Table("operator", "kernel", "precision", "arch", "warps", "registers", "shared", "spilled", "16-byte",
-                  "matrix", "float64")  # fmt: skip
+                  "matrix", "float64", "size", "variant")  # fmt: skip
     for code in codes:
         table.add_row(
             code.operator, code.kernel, code.precision, code.arch, str(code.num_warps), str(code.registers),
             str(code.shared), str(code.spilled), f"{code.wide:.0%}", str(code.matrix), str(code.float64),
-            style="red" if code.faults else None,
+            code.size, code.variant, style="red" if code.faults else None,
         )  # fmt: skip
     console.print(table)
 
@@ -272,32 +343,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="default: all")
     parser.add_argument("--operator", action="append", choices=triton_operators(), help="default: all")
     parser.add_argument("--precision", action="append", choices=PRECISIONS, help="default: all")
-    parser.add_argument("--joints", type=int, default=SIZE.v, help=f"default: {SIZE.v}")
-    parser.add_argument("--frames", type=int, default=SIZE.t, help=f"default: {SIZE.t}")
-    parser.add_argument("--features", type=int, default=SIZE.f, help=f"default: {SIZE.f}")
+    parser.add_argument("--size", action="append", choices=SIZES, help="default: all")
+    parser.add_argument("--plain", action="store_true", help="without the variants of the operators")
     parser.add_argument("--json", type=Path, help="also write the records into this file")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: one for each core")
     options = parser.parse_args(arguments)
     if interpreted():
         parser.error("TRITON_INTERPRET is set: nothing would be compiled; unset it")
-    size = replace(SIZE, v=options.joints, t=options.frames, f=options.features)
-    jobs = [
-        Job(name, precision, arch, size)
-        for name in options.operator or triton_operators()
-        for precision in options.precision or PRECISIONS
-        for arch in options.arch or ARCHITECTURES
-    ]
+    jobs = all_jobs(
+        options.operator or triton_operators(), options.precision or PRECISIONS, options.arch or ARCHITECTURES,
+        options.size or SIZES, options.plain,
+    )  # fmt: skip
     import triton
 
     codes = compile_all(jobs, options.processes)
-    console = Console(width=140)
-    console.print(f"triton {triton.__version__}, {date.today()}, {size.v} joints, {size.f} features")
+    console = Console(width=170)
+    console.print(f"triton {triton.__version__}, {date.today()}")
     print_table(codes, console)
     if options.json:
         options.json.write_text(json.dumps([asdict(code) for code in codes], indent=1))
     for code in codes:
         for fault in code.faults:
-            console.print(f"{code.kernel}, {code.precision}, {code.arch}: {fault}", style="red")
+            console.print(
+                f"{code.kernel}, {code.precision}, {code.arch}, {code.size}, {code.variant}: {fault}", style="red"
+            )
     return int(any(code.faults for code in codes))
 
 

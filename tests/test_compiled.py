@@ -28,7 +28,6 @@ class Work:
     """Whether it moves rows of frames, in 16-byte accesses where lengths are multiples of 16."""
 
 
-WITH_JOINTS = ("multiscale_graph_conv", "dynamic_graph_conv", "masked_batch_norm")
 PRODUCT, ROWS, SUMS = Work(matrix=True, rows=True), Work(rows=True), Work()
 # Most accesses in the code of a program are those of a weight (F, F, 3) and its gradient, once each, with stride 3.
 DILATED = Work(matrix=True)
@@ -95,76 +94,78 @@ def compiled(folder: Path, *arguments: str) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """Every kernel at the published size, in every precision, for every architecture."""
-    return compiled(tmp_path_factory.mktemp("compiled"))
+def hopper(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """Every kernel at the published widths for one architecture, at aligned and unaligned lengths."""
+    return compiled(tmp_path_factory.mktemp("compiled"), "--plain", "--arch", "sm_90", *SAMPLE)
 
 
-def test_every_kernel_compiles_everywhere_without_a_spill(published: list[dict]):
-    combinations = {(code["precision"], code["arch"]) for code in published}
-    assert len(combinations) == 16
-    kernels = {(code["operator"], code["kernel"]) for code in published}
-    assert kernels == {(name, kernel) for name in OPERATORS for kernel in KERNELS[name]}
-    for kernel in kernels:
-        of_kernel = [c for c in published if (c["operator"], c["kernel"]) == kernel]
-        assert {(c["precision"], c["arch"]) for c in of_kernel} == combinations
-    for code in published:
-        assert code["spilled"] == 0 and code["float64"] == 0, code
-        assert code["shared"] <= code["shared_limit"], code
+SAMPLE = ("--size", "published", "--size", "unaligned", "--precision", "float32", "--precision", "bfloat16")
+
+
+def of_size(codes: list[dict], size: str) -> dict[tuple[str, ...], dict]:
+    return {
+        (code["operator"], code["kernel"], code["precision"], code["arch"]): code
+        for code in codes
+        if code["size"] == size
+    }
+
+
+def assert_complete(codes: dict[tuple[str, ...], dict], combinations: int) -> None:
+    """Every kernel of every operator is there in each precision and for each architecture, and does its work there."""
+    assert len({key[2:] for key in codes}) == combinations
+    kernels = {(name, kernel) for name in OPERATORS for kernel in KERNELS[name]}
+    assert set(codes) == {(*kernel, *key[2:]) for kernel in kernels for key in codes}
+    for code in codes.values():
+        assert (code["matrix"] > 0) == work(code).matrix, code
         assert code["shared"] > 0 or not work(code).matrix, code
         assert 0 < code["registers"] <= 512, code
 
 
-def test_rows_of_frames_move_in_16_byte_accesses(published: list[dict]):
+def test_every_kernel_compiles_without_a_fault(hopper: list[dict]):
+    assert_complete(of_size(hopper, "published"), combinations=2)
+    for code in hopper:
+        assert code["spilled"] == code["forbidden"] == code["float64"] == 0, code
+        assert code["shared"] <= code["shared_limit"], code
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_size_and_variant_compiles_everywhere_without_a_fault(arch: str, tmp_path: Path):
+    codes = compiled(tmp_path, "--arch", arch)
+    assert_complete(of_size(codes, "published"), combinations=4)
+    for code in of_size(codes, "published").values():
+        assert code["wide"] >= 0.45 or not work(code).rows, code
+
+
+def test_rows_of_frames_move_in_16_byte_accesses(hopper: list[dict]):
     """Most bytes; what remains are masks, biases and the scattered lanes of matrix fragments."""
-    for code in published:
+    aligned, unaligned = of_size(hopper, "published"), of_size(hopper, "unaligned")
+    for key, code in aligned.items():
         if work(code).rows:
             assert code["wide"] >= 0.45, code
+            # That the share falls shows that it is measured, and that lengths want padding to multiples of 16.
+            if code["operator"] == "masked_batch_norm":
+                assert unaligned[key]["wide"] < code["wide"] / 2, code
 
 
-def test_products_run_on_the_matrix_units(published: list[dict]):
-    for code in published:
-        assert (code["matrix"] > 0) == work(code).matrix, code
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("--joints", "17", "--features", "16", "--precision", "tf32"),
-        ("--joints", "33", "--precision", "float32", "--precision", "float16"),
-        ("--joints", "128", "--precision", "bfloat16"),
-    ],
-    ids=" ".join,
-)
-def test_other_skeletons_spill_nothing(tmp_path: Path, arguments: tuple[str, ...]):
-    assert compiled(tmp_path, *arguments, *(part for name in WITH_JOINTS for part in ("--operator", name)))
-
-
-def test_other_widths_spill_nothing(tmp_path: Path):
-    others = [part for name in OPERATORS if name not in WITH_JOINTS for part in ("--operator", name)]
-    assert compiled(tmp_path, "--features", "16", "--precision", "tf32", "--precision", "bfloat16", *others)
-
-
-def test_unaligned_lengths_spill_nothing_and_lose_the_wide_accesses(tmp_path: Path, published: list[dict]):
-    """That the share falls shows that it is measured, and that lengths want padding to multiples of 16."""
-
-    def shares(codes: list[dict]) -> dict[tuple[str, ...], float]:
-        return {
-            (code["kernel"], code["precision"], code["arch"]): code["wide"]
-            for code in codes
-            if code["operator"] == "masked_batch_norm" and work(code).rows
-        }
-
-    unaligned = shares(
-        compiled(tmp_path, "--frames", "100", "--precision", "float32", "--precision", "bfloat16")
+def test_tiles_of_eight_columns_are_found():
+    """Eight warps share the 16 frames of a float32 tile."""
+    program = (
+        "from dataclasses import replace\n"
+        "from bench.compiled import ARCHITECTURES, Job, _compiled, _facts, launches\n"
+        "job = Job('attention_layer', 'tf32', 'sm_90')\n"
+        "conv = next(each for each in launches(job) if each.kernel.__name__ == '_attention_conv_kernel')\n"
+        "wrong = replace(conv, num_warps=8, constants=tuple((dict(conv.constants) | {'BT': 16}).items()))\n"
+        "print(*_facts(job, wrong, _compiled(wrong, ARCHITECTURES['sm_90'])).faults)\n"
     )
-    assert len(unaligned) == 4 * 2 * 4
-    assert all(share < shares(published)[key] / 2 for key, share in unaligned.items())
+    assert "tensor-core instructions of eight columns" in output_of("-c", program)
 
 
-@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "moment_update"])
-def test_fifty_lengths_compile_every_kernel_at_most_twice(name: str):
-    versions = json.loads(output_of("tests/compilations.py", name))
-    assert len(versions) >= 2
-    for kernel, count in versions.items():
-        assert 1 <= count <= VERSIONS.get(kernel, 2), kernel
+def test_fifty_lengths_compile_every_kernel_at_most_twice():
+    names = [name for name in OPERATORS if name != "moment_update"]
+    found = json.loads(output_of("tests/compilations.py", *names))
+    assert list(found) == names
+    for versions in found.values():
+        assert len(versions) >= 2
+        for kernel, count in versions.items():
+            assert 1 <= count <= VERSIONS.get(kernel, 2), kernel
