@@ -72,7 +72,8 @@ def observed(
     if average == "window":
         size = history.numel()
         oldest = history.gather(0, place.long()[None])[0]  # an index of one element would be read by the host
-        change = torch.where(count < size, change, (loss - oldest) / size)
+        # By a tensor: for a number, torch multiplies by its reciprocal on a GPU, which rounds twice.
+        change = torch.where(count < size, change, (loss - oldest) / torch.full_like(loss, size))
         is_place = torch.arange(size, device=history.device) == place
         after = torch.where(torch.isfinite(loss) & is_place, loss, history)
         place = torch.where(place + 1 < size, place + 1, 0)

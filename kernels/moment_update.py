@@ -30,8 +30,10 @@ Source: LCAM, arXiv 2309.02130; SMES, arXiv 2405.18498.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -94,7 +96,7 @@ def _in_two(beta: Number) -> tuple[Number, float]:
     """A number in float32, and what that rounds off; a tensor as it is."""
     if isinstance(beta, Tensor):
         return beta, 0.0
-    rounded = torch.tensor(beta, dtype=torch.float32).item()
+    (rounded,) = struct.unpack("f", struct.pack("f", beta))
     return rounded, beta - rounded
 
 
@@ -768,9 +770,9 @@ class _Part:
 class MomentTable:
     """Where the tensors of a step are, as the kernel reads it: addresses, sizes, and which program does which chunk.
 
-    The table stays valid as long as no tensor moves; a step with it starts one kernel for each combination of dtypes,
-    and copies only tensors whose layout is not that of their parameter, or whose parameter has gaps. It holds addresses,
-    not tensors: gradients that their owner drops are free.
+    The table stays valid as long as no tensor moves (:meth:`follow`); a step with it starts one kernel for each combination
+    of dtypes, and copies only tensors whose layout is not that of their parameter, or whose parameter has gaps. It holds
+    addresses, not tensors: gradients that their owner drops are free.
 
     Args:
         moments: the tensors, on one device; ``spare`` may hold None for parameters that need none.
@@ -792,6 +794,39 @@ class MomentTable:
         self.done = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.parts = [self._part(lists, *kind) for kind in _kinds(lists)]
         self.programs = sum(part.programs for part in self.parts)
+        self._gradient_layouts, self._addresses = _layouts(moments.grads), _addresses(moments)
+
+    def follow(self, moments: Moments, *, move_gradients: bool) -> bool:
+        """Return whether the table is that of these tensors, which must be in the same order.
+
+        Gradients are usually made anew in every step. With ``move_gradients`` the table takes up their new addresses, if
+        nothing else has changed: one small copy. Without it they count as changed.
+
+        This looks at every tensor in every step, so it looks at little. Gradients are other tensors in each step: they are
+        compared by address, dtype, strides and size. Parameters and moments are compared by address: where their dtype or
+        strides change, torch moves them to other memory.
+        """
+        if _layouts(moments.grads) != self._gradient_layouts:
+            return False
+        addresses = _addresses(moments)
+        if addresses == self._addresses:
+            return True
+        gradients, before = addresses[_GRADS], self._addresses[_GRADS]
+        others = [now == then for k, (now, then) in enumerate(zip(addresses, self._addresses)) if k != _GRADS]
+        if not move_gradients or not all(others) or _misaligned(gradients) != _misaligned(before):
+            return False
+        self._addresses = addresses
+        self._move_gradients(gradients)
+        return True
+
+    def _move_gradients(self, addresses: list[int]) -> None:
+        addresses = list(addresses)
+        for (k, i), stand_in in self.stand_ins.items():
+            if k == _GRADS:
+                addresses[i] = stand_in.data_ptr()
+        for part in self.parts:
+            count, moved = len(part.indices), self._pinned([addresses[i] for i in part.indices])
+            part.table[_GRADS * count : (_GRADS + 1) * count].copy_(moved, non_blocking=True)
 
     def _dense(
         self, k: int, tensors: Sequence[Optional[Tensor]], layouts: Sequence[Tensor]
@@ -814,11 +849,13 @@ class MomentTable:
         )
 
     def _on_device(self, numbers: list[int]) -> Tensor:
-        # Pinned memory comes from PyTorch's cache, which hands it out again only once the copy is done; a graph that the
-        # copy is captured into does it again at every replay.
-        host = torch.tensor(numbers, dtype=torch.int64, pin_memory=self.device.type == "cuda")
-        self.hosts.append(host)
-        return host.to(self.device, non_blocking=True)
+        # A graph that the copy is captured into does it again at every replay.
+        self.hosts.append(self._pinned(numbers))
+        return self.hosts[-1].to(self.device, non_blocking=True)
+
+    def _pinned(self, numbers: list[int]) -> Tensor:
+        # PyTorch hands out pinned memory again only once the copy from it is done.
+        return torch.tensor(numbers, dtype=torch.int64, pin_memory=self.device.type == "cuda")
 
     def launch(
         self,
@@ -856,6 +893,24 @@ class MomentTable:
         for (k, i), stand_in in self.stand_ins.items():
             if moments[k] is not moments.grads:
                 moments[k][i].copy_(stand_in)
+
+
+_GRADS = Moments._fields.index("grads")
+_DTYPE = attrgetter("dtype")
+
+
+def _layouts(tensors: Sequence[Tensor]) -> list[list[Any]]:
+    """Strides, dtypes and sizes, by one pass in C for each."""
+    return [list(map(of, tensors)) for of in (Tensor.stride, _DTYPE, Tensor.numel)]
+
+
+def _addresses(moments: Moments) -> list[list[int]]:
+    lists = [*moments[:-1], [t for t in moments.spare if t is not None]]
+    return [list(map(Tensor.data_ptr, tensors)) for tensors in lists]
+
+
+def _misaligned(addresses: list[int]) -> list[int]:
+    return [address & 15 for address in addresses]
 
 
 def _address(tensor: Optional[Tensor]) -> int:

@@ -7,8 +7,8 @@ state by torch's names, checkpoints, hooks, closures, complex and distributed pa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ from trgnet.kernels.moment_update import (
     update_one_by_one,
 )
 
+from .participants import Entry, Participants
+
 AVERAGES = ("epoch", "window", "ema", "run")
 GATES = ("next", "same")
 LOGS = COUNTS[1:]
@@ -41,17 +43,8 @@ HALF = (torch.float16, torch.bfloat16)
 SLOTS = {
     "lr": 0, "momenta": (3, 4), "betas": (4, 5), "beta2": 5, "eps": 6, "alpha": (7, 8), "dampening": 9,
 }  # fmt: skip
-
-
-@dataclass(slots=True)
-class Entry:
-    """A parameter that takes part in a step."""
-
-    index: int
-    """Among all parameters."""
-    group: int
-    param: Tensor
-    state: dict[str, Any]
+HYPER = (*SLOTS, "weight_decay", "decoupled_weight_decay", "maximize", "nesterov")
+"""All that a row depends on."""
 
 
 class MomentOptimizer(torch.optim.Optimizer):
@@ -91,14 +84,15 @@ class MomentOptimizer(torch.optim.Optimizer):
         self._counts: Tensor | None = None
         self._cohorts: dict[Tensor, Any] = {}
         self._stepping: list[int] = []
+        self._participants: Participants | None = None
+        self._plain = True
         self._rows: Tensor | None = None
         self._known_rows: list[list[float | None]] = []
+        self._settings_in_rows: list[Any] | None = None
         self._live: list[Tensor] = []
         self._table: MomentTable | None = None
         self._captured: list[MomentTable] = []
-        self._signature: list[Any] = []
         self._observed: list[Tensor] = []
-        self._plain = False
 
     # What subclasses say.
 
@@ -167,7 +161,6 @@ class MomentOptimizer(torch.optim.Optimizer):
         except (ValueError, RuntimeError):
             self.param_groups.pop()
             raise
-        self._plain = all(map(_is_plain, self._params()))
         self._counts = self._rows = self._table = None
         self._attach_gate()
         if self.defaults["capturable"]:
@@ -252,15 +245,16 @@ class MomentOptimizer(torch.optim.Optimizer):
             loss = returned if loss is None else loss
         self._check_capture(loss, clip)
         with torch.no_grad():
-            entries = list(self._entries())
-            if entries:
-                self._gather_counts(entries)
+            grads = [p.grad for p in self._params()]
+            participants = self._take_part(grads)
             observed = self._take_loss(loss)
+            if self.defaults["fused"] and participants.entries:
+                self._fused_step(participants, grads, observed, clip)
+                return returned
+        # Without entries there is nothing to launch; the gate still sees the loss.
+        self._refuse_sparse(grads)
         with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
-            if self.defaults["fused"]:
-                self._fused_step(entries, observed, clip)
-            else:
-                self._plain_step(entries, observed, clip)
+            self._plain_step(participants.entries, observed, clip)
         return returned
 
     def _check_capture(self, *numbers: Tensor | float | None) -> None:
@@ -281,19 +275,25 @@ class MomentOptimizer(torch.optim.Optimizer):
                 "do a backward pass first, or leave the parameter out of the optimizer"
             )
 
-    def _entries(self) -> Iterator[Entry]:
-        index = -1
-        for i, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                index += 1
-                if p.grad is None:
-                    continue
-                if p.grad.is_sparse:
-                    raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-                state = self.state[p]
-                if not state:
-                    self._init_state(p, state)
-                yield Entry(index, i, p, state)
+    def _take_part(self, grads: Sequence[Tensor | None]) -> Participants:
+        """The parameters that have a gradient, collected anew only if they, their groups or their state changed."""
+        known = self._participants
+        if self._counts is None or known is None or not known.are_current(self.param_groups, grads, self.state):
+            self._refuse_sparse(grads)
+            params = self._params()
+            stepping = [i for i, grad in enumerate(grads) if grad is not None]
+            for i in stepping:
+                if not self.state[params[i]]:
+                    self._init_state(params[i], self.state[params[i]])
+            if stepping:
+                self._gather_counts(params, stepping)
+            self._participants = Participants(self.param_groups, grads, self.state)
+            self._table, self._plain = None, all(map(_is_plain, self._participants.params))
+        return self._participants
+
+    def _refuse_sparse(self, grads: Sequence[Tensor | None]) -> None:
+        if any(grad is not None and grad.is_sparse for grad in grads):
+            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
 
     def _init_state(self, p: Tensor, state: dict[str, Any]) -> None:
         names = [self.first_name] + ([self.second_name] if self.second else [])
@@ -307,18 +307,16 @@ class MomentOptimizer(torch.optim.Optimizer):
     def _counted(self) -> tuple[str, ...]:
         return COUNTS if self.form == "product" else COUNTS[:1]
 
-    def _gather_counts(self, entries: list[Entry]) -> None:
+    def _gather_counts(self, params: list[Tensor], stepping: list[int]) -> None:
         """Keep the counts of all parameters in one tensor, of which those in ``state`` are views."""
-        stepping = [entry.index for entry in entries]
-        params = self._params()
-        if self._counts is None:
+        new = self._counts is None
+        if new:
             self._counts = torch.zeros(len(params), len(COUNTS), device=_local(params[0]).device)
-            for row, p in zip(self._counts, params):
-                for name, place in zip(self._counted, row) if self.state.get(p) else ():
-                    place.copy_(self.state[p].get(name, place))
-                    self.state[p][name] = place
-        elif stepping == self._stepping:
+        replaced = [p for i, p in enumerate(params) if self._adopt_counts(i, self.state.get(p))]
+        if not (new or replaced) and stepping == self._stepping:
             return
+        if not new:  # somebody else has set them
+            self._cohorts.update((p, object()) for p in replaced)
         # Parameters that have always stepped together have their scalars in common; the host knows without asking.
         taking_part, kinds = set(stepping), {}
         self._cohorts = {
@@ -327,18 +325,37 @@ class MomentOptimizer(torch.optim.Optimizer):
         }
         self._stepping = stepping
 
+    def _adopt_counts(self, index: int, state: dict[str, Any] | None) -> bool:
+        """Put the counts in ``state`` into their places, if they are elsewhere; returns whether there were any."""
+        replaced = False
+        for j, name in enumerate(self._counted if state else ()):
+            value, address = state.get(name), self._counts.data_ptr() + 4 * (len(COUNTS) * index + j)
+            if value is not None and value.data_ptr() == address:
+                continue
+            place = state[name] = self._counts[index, j]
+            if value is not None:
+                place.copy_(value)
+                replaced = True
+        return replaced
+
     def _moments(self, entries: list[Entry]) -> Moments:
-        """The tensors of a step: local parts of distributed ones, complex ones as pairs of real numbers."""
-        lists = [[e.param for e in entries], [_matching(e.param.grad, e.param) for e in entries]]
-        lists.append([e.state[self.first_name] for e in entries])
-        lists.append([e.state[self.second_name] for e in entries] if self.second else [])
-        spare = (
-            [e.state.get(self.spare_name) for e in entries] if self._settings["rounding"] == "kahan" else []
+        """The tensors of these entries."""
+        first, second, spare = (
+            [e.state.get(name) for e in entries]
+            for name in (self.first_name, self.second_name, self.spare_name)
         )
-        lists.append(spare if any(t is not None for t in spare) else [])
-        if self._plain:
-            return Moments(*lists)
-        return Moments(*([_computed(t) for t in tensors] for tensors in lists))
+        params, grads = zip(*((e.param, e.param.grad) for e in entries))
+        return self._computed(Moments(params, grads, first, second, spare), all(map(_is_plain, params)))
+
+    def _computed(self, moments: Moments, plain: bool) -> Moments:
+        """The tensors that are computed with: local parts of distributed ones, complex ones as pairs of real numbers."""
+        params, grads, first, second, spare = moments
+        second = second if self.second else []
+        spare = spare if any(t is not None for t in spare) else []
+        if plain:
+            return Moments(params, grads, first, second, spare)
+        grads = list(map(_matching, grads, params))
+        return Moments(*([_computed(t) for t in tensors] for tensors in (params, grads, first, second, spare)))
 
     # In PyTorch: one by one, or lists.
 
@@ -424,14 +441,23 @@ class MomentOptimizer(torch.optim.Optimizer):
 
     # In one kernel.
 
-    def _fused_step(self, entries: list[Entry], loss: Tensor | None, clip: Tensor | float | None) -> None:
-        if not entries:  # nothing to launch; the gate still sees the loss
-            self._plain_step(entries, loss, clip)
-            return
+    def _fused_step(
+        self,
+        participants: Participants,
+        grads: Sequence[Tensor | None],
+        loss: Tensor | None,
+        clip: Tensor | float | None,
+    ) -> None:
         average, share, same = self._gate_arguments()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        moments = self._moments(entries)
-        table = self._current_table(entries, moments)
+        moments = self._all_moments(participants, grads)
+        table = self._table
+        # Replays read a captured table, and copy it again from the host's memory: it must stay as it is.
+        fixed = capturing() or self._is_captured(table)
+        if table is None or not table.follow(moments, move_gradients=not fixed):
+            moments, table = self._new_table(participants, grads)
+        if capturing() and not self._is_captured(table):
+            self._captured.append(table)
         self._refresh_rows(table.device)
         clip = None if clip is None else _scalar_on(clip, table.device, "clip")
         table.launch(
@@ -439,33 +465,56 @@ class MomentOptimizer(torch.optim.Optimizer):
             form=self.form, average=average, share=share, same=same, rounding=self._settings["rounding"],
             seed=self.param_groups[0].get("rounding_seed", 0),
         )  # fmt: skip
-        torch.autograd.graph.increment_version([e.param for e in entries])
+        torch.autograd.graph.increment_version(participants.params)
 
-    def _current_table(self, entries: list[Entry], moments: Moments) -> MomentTable:
-        """The table of addresses, made anew only when something moved."""
-        signature = [(t.data_ptr(), t.dtype, t.shape, t.stride()) if t is not None else None
-                     for tensors in moments for t in tensors]  # fmt: skip
-        signature.append([(e.index, e.group) for e in entries])
-        if self._table is None or signature != self._signature:
-            tensors = [t for tensors in moments for t in tensors if t is not None]
-            reason = fused_obstacle(tensors)
-            if reason:
-                raise RuntimeError(f"`fused=True` cannot do this step: {reason}")
-            self._table = MomentTable(moments, [e.group for e in entries], [e.index for e in entries])
-            self._signature = signature
-            if (
-                capturing()
-            ):  # replays copy it again from the host's memory, and others may have been captured with it
-                self._captured.append(self._table)
-        return self._table
+    def _all_moments(self, participants: Participants, grads: Sequence[Tensor | None]) -> Moments:
+        """The tensors of a step."""
+        first = participants.tensors(self.first_name)
+        second = participants.tensors(self.second_name) if self.second else []
+        kahan = self._settings["rounding"] == "kahan"
+        spare = participants.optional_tensors(self.spare_name) if kahan else []
+        moments = Moments(participants.params, participants.gradients(grads), first, second, spare)
+        return self._computed(moments, self._plain)
+
+    def _is_captured(self, table: MomentTable | None) -> bool:
+        return any(table is captured for captured in self._captured)
+
+    def _new_table(self, participants: Participants, grads: Sequence[Tensor | None]) -> tuple[Moments, MomentTable]:
+        """The tensors of a step, of which something else than the gradients moved, and the table of their addresses."""
+        self._refuse_sparse(grads)
+        self._plain = all(map(_is_plain, participants.params))
+        moments = self._all_moments(participants, grads)
+        tensors = [t for tensors in moments for t in tensors if t is not None]
+        reason = fused_obstacle(tensors) or self._elsewhere(tensors[0].device)
+        if reason:
+            raise RuntimeError(f"`fused=True` cannot do this step: {reason}")
+        entries = participants.entries
+        self._table = MomentTable(moments, [e.group for e in entries], [e.index for e in entries])
+        return moments, self._table
+
+    def _elsewhere(self, device: torch.device) -> str | None:
+        """Why the optimizer's own tensors are not those of parameters on this device; None if they are."""
+        for tensor in (self._control, self._counts, self._rows):
+            if tensor is not None and tensor.device != device:
+                return (
+                    f"its parameters are on {device} and its own state is on {tensor.device}; move the model before "
+                    "you build the optimizer, and load its state_dict into the new one"
+                )
+        return None
 
     def _refresh_rows(self, device: torch.device) -> None:
         """Bring the hyper-parameters on the device up to date: nothing is copied if none has changed."""
         if self._rows is None:
             self._rows, self._known_rows = torch.zeros(len(self.param_groups), 16, device=device), []
+            self._settings_in_rows = None
+        settings = [group.get(name) for group in self.param_groups for name in HYPER]
+        known = self._settings_in_rows
+        if known is not None and len(known) == len(settings) and all(map(is_, settings, known)):
+            return
         if not self._known_rows:
             self._known_rows = [[None] * 16 for _ in self.param_groups]
         rows = [self._hyper(group).row for group in self.param_groups]
+        self._settings_in_rows = settings if self._are_constant(settings, rows) else None
         if not any(isinstance(x, Tensor) for row in rows for x in row):
             if rows != self._known_rows:
                 pinned = torch.tensor(rows, pin_memory=device.type == "cuda")
@@ -474,14 +523,24 @@ class MomentOptimizer(torch.optim.Optimizer):
             return
         for i, row in enumerate(rows):
             for j, value in enumerate(row):
-                place = self._rows[i, j]
                 if isinstance(value, Tensor):
                     self._known_rows[i][j] = None
-                    if value.data_ptr() != place.data_ptr():
-                        place.copy_(value.reshape(()))
+                    if value.data_ptr() != self._address_in_rows(i, j):
+                        self._rows[i, j].copy_(value.reshape(()))
                 elif value != self._known_rows[i][j]:
-                    place.fill_(value)
+                    self._rows[i, j].fill_(value)
                     self._known_rows[i][j] = value
+
+    def _are_constant(self, settings: list[Any], rows: list[list[Any]]) -> bool:
+        """Whether the rows change only if a setting is replaced by another object: no list, no tensor but in its place."""
+        return not any(isinstance(x, list) for x in settings) and all(
+            not isinstance(x, Tensor) or x.data_ptr() == self._address_in_rows(i, j)
+            for i, row in enumerate(rows)
+            for j, x in enumerate(row)
+        )
+
+    def _address_in_rows(self, i: int, j: int) -> int:
+        return self._rows.data_ptr() + 4 * (16 * i + j)
 
     def _make_live(self, replace: bool = False) -> None:
         """Put every hyper-parameter into its place on the device and a view of that into its group (``capturable=True``).
@@ -586,7 +645,6 @@ class MomentOptimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 if p in self.state:
                     self._adopt(p, group)
-        self._plain = all(map(_is_plain, self._params()))
         self._counts, self._table, self._observed = None, None, []
         self._cohorts = {
             p: tuple(float(s[name]) for name in self._counted) for p, s in self.state.items() if s
@@ -704,7 +762,7 @@ class GatedOptimizer(MomentOptimizer):
 
 def capturing() -> bool:
     """Whether a CUDA graph is being captured."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def as_pair(value: Any) -> tuple[Any, Any]:
@@ -731,6 +789,8 @@ def _scalar_on(value: Tensor | float, device: torch.device, name: str) -> Tensor
         raise ValueError(f"{name} must be one number, got a tensor of shape {tuple(value.shape)}")
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}, expected a tensor on {device} or a number")
+    if value.dim() == 0 and value.dtype == torch.float32 and not value.requires_grad:
+        return value
     return value.detach().reshape(()).float()
 
 

@@ -458,8 +458,11 @@ def test_one_launch_for_everything_and_a_table_made_once(make: Callable, monkeyp
     assert len(made) == 1 and launched == [1, 1, 1]
     rows = optimizer._rows.data_ptr()
     kept = weakref.ref(params[0].grad)
-    params[0].grad = params[0].grad.clone()  # moves
+    params[0].grad = params[0].grad.clone()  # moves, and is followed
     assert kept() is None, "the table keeps a gradient alive"
+    optimizer.step(loss=1.0)
+    assert len(made) == 1
+    params[0].data = params[0].data.clone()
     optimizer.step(loss=1.0)
     optimizer.step(loss=1.0)
     assert len(made) == 2 and optimizer._rows.data_ptr() == rows
