@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -248,25 +249,23 @@ def check_shapes(operator_name: str, **tensors: tuple[Tensor | None, str]) -> di
     A digit in a pattern stands for itself; a tensor that is None is skipped. Raises ValueError with the
     shape that was got and the one that was expected.
     """
-    sizes: dict[str | int, int] = {}
+    sizes: dict[str, int] = {}
     for name, (tensor, pattern) in tensors.items():
         if tensor is None:
             continue
-        axes, shape = _axes(pattern), tensor.shape
-        expected = [sizes.get(axis, axis) for axis in axes]  # names of axes that are yet unknown stay
-        if len(axes) != len(shape) or any(
-            want != got and type(want) is not str for want, got in zip(expected, shape)
-        ):
+        axes, shape = pattern.split(), tensor.shape
+        fits = len(axes) == len(shape)
+        for axis, size in zip(axes, shape):
+            fits = fits and size == sizes.setdefault(axis, int(axis) if axis.isdigit() else size)
+        if not fits:
+            before = dict(itertools.islice(tensors.items(), list(tensors).index(name)))
+            known = check_shapes(operator_name, **before)  # of unknown axes the names are shown
+            expected = (axis if axis.isdigit() else str(known.get(axis, axis)) for axis in axes)
             raise ValueError(
-                f"{operator_name}: {name} has shape {tuple(shape)}, "
-                f"expected ({', '.join(map(str, axes))}) = ({', '.join(map(str, expected))})"
+                f"{operator_name}: {name} has shape {tuple(shape)}, expected ({', '.join(axes)}) = "
+                f"({', '.join(expected)})"
             )
-        sizes.update(zip(axes, shape))
     return sizes
-
-
-def _axes(pattern: str) -> tuple[str | int, ...]:
-    return tuple(int(axis) if axis.isdigit() else axis for axis in pattern.split())
 
 
 def check_mask(operator_name: str, mask: Tensor) -> None:

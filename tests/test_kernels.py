@@ -17,6 +17,7 @@ from trgnet.kernels import BackendError, Operator, operator, operator_table, use
 from trgnet.kernels.dilated_conv import analytic_dilated_conv, analytic_dilated_conv_gradients
 from trgnet.kernels.dropout import dropout_kept
 from trgnet.kernels.dynamic_graph_conv import BLOCK_ELEMENTS
+from trgnet.kernels.operator import check_shapes
 
 from trgnet import kernels
 
@@ -501,6 +502,11 @@ def test_bad_shapes_and_dtypes_are_named():
     }
     with pytest.raises(ValueError, match=r"mask has shape \(2, 1, 7\), expected \(N, 1, T\) = \(2, 1, 9\)"):
         kernels.dilated_residual(x, mask[..., :7], **weights)
+    with pytest.raises(ValueError, match=r"mask has shape \(2, 9\), expected \(N, 1, T\) = \(2, 1, 9\)"):
+        kernels.dilated_residual(x, mask[:, 0], **weights)
+    with pytest.raises(ValueError, match=r"weight has shape \(8, 7\), expected \(F, F\) = \(F, F\)"):
+        check_shapes("layer", weight=(torch.ones(8, 7), "F F"), x=(x, "N F T"))
+    assert check_shapes("layer", x=(x, "N F T"), none=(None, "F"), mask=(mask, "N 1 T"))["T"] == t
     with pytest.raises(TypeError, match="mask has dtype torch.float32, expected torch.bool"):
         kernels.dilated_residual(x, mask.float(), **weights)
     with pytest.raises(ValueError, match="dilation is 0"):
