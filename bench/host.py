@@ -39,8 +39,8 @@ from trgnet.kernels.launch import record_launches
 from .launches import TARGET, Step, network_operators
 from .operators import Size, make_case
 
-TINY = Size(n=1, t=16, segments=4)
-"""Published widths; tensors as small as the kernels take them."""
+TINY = Size(n=1, c=1, t=16, hops=2, segments=4, d=8)
+"""Published features and joints, which the kernels are for; everything else as small as can be."""
 CPU = torch.device("cpu")
 ROUNDS = {"operator": 200, "step": 10}
 OPERATOR_MODULE, LAUNCH_MODULE = "trgnet.kernels.operator", "trgnet.kernels.launch"

@@ -6,8 +6,8 @@ has neither outputs nor autograd. Where it has Triton kernels, ``torch.ops.trgne
 ``NAME_triton_backward`` those of the gradient. Its file reads: formula and shapes, reference, FLOPs, passes in PyTorch with
 the gradient written out where it has them, kernels, public function.
 
-The ``torch.library`` ops are for compilers and whatever else looks at single operations. They take two to four times as
-long to call as a plain ``torch.autograd.Function``, which does the same in ordinary calls (``python -m bench.host``).
+The ``torch.library`` ops are for compilers and whatever else looks at single operations. Ordinary calls go through a
+``torch.autograd.Function`` that does the same and costs less host time (``python -m bench.host``).
 """
 
 from __future__ import annotations
