@@ -124,7 +124,7 @@ class Operator:
         if choice == "auto":
             if _is_transformed():
                 return "reference"
-            if self.triton and _on_gpu(args) and self._obstacle(args) is None:
+            if self.triton and _first(args).is_cuda and self._obstacle(args) is None:
                 return "triton"
             return "analytic" if self.analytic and self._analytic_obstacle(args) is None else "reference"
         if choice not in self.backends:
@@ -322,7 +322,7 @@ def _launcher(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def launcher(*args: Any) -> tuple[Tensor, ...]:
-        like = next(a for a in args if isinstance(a, Tensor))
+        like = _first(args)
         # Kernels read vectors by their index alone.
         args = [a.contiguous() if isinstance(a, Tensor) and a.dim() == 1 else a for a in args]
         with without_autocast(like):
@@ -335,7 +335,7 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a function of PyTorch operations: autocast off."""
 
     def call(*args: Any) -> Any:
-        with without_autocast(args[0]):
+        with without_autocast(_first(args)):
             return function(*args)
 
     return call
@@ -479,14 +479,13 @@ def _analytic_obstacle(args: Sequence[Any]) -> str | None:
     return None
 
 
-def _on_gpu(args: Sequence[Any]) -> bool:
-    first = args[0] if isinstance(args[0], Tensor) else _tensors(args)[0]
-    return first.is_cuda
+def _first(args: Sequence[Any]) -> Tensor:
+    return args[0] if isinstance(args[0], Tensor) else _tensors(args)[0]
 
 
 def _autocast(args: Sequence[Any], positions: Sequence[int]) -> Sequence[Any]:
     """The arguments, those at ``positions`` in autocast's dtype where autocast is on for their device."""
-    dtype = autocast_dtype(_tensors(args)[0].device.type)
+    dtype = autocast_dtype(_first(args).device.type)
     if dtype is None:
         return args
     return [a.to(dtype) if i in positions and a is not None else a for i, a in enumerate(args)]
