@@ -8,13 +8,15 @@ fit into a window, or exponential:
 
     mean:    average <- average + (loss - average) / count
     window:  the same until the window is full, then average <- average + (loss - oldest) / size
-    ema:     average <- loss at first, then average + share * (loss - average)
+    ema:     average <- loss at first, then average + (loss - average) / (1 / share)
 
 A loss that is not finite changes nothing. The first loss equals its average, so it chooses phase 1.
 
 The control block holds the gate, float32 on the device: a step decides without asking the host. The average is kept as
 the sum of two float32 numbers, the second of them the rounding error of the first, so that a decision does not depend
-on how many losses came before. PyTorch and Triton do the same operations in the same order, and agree bit for bit.
+on how many losses came before. PyTorch and Triton do the same operations in the same order, and agree bit for bit on
+every device: with additions and IEEE divisions alone. A multiplication would be fused with the addition after it by
+Triton's compiler, and not by PyTorch.
 
 Source: LCAM, arXiv 2309.02130, and its public code.
 """
@@ -64,16 +66,20 @@ def observed(
     """
     mean, rest, count, place = control[AVERAGE], control[REST], control[COUNT], control[PLACE]
     distance = loss - mean - rest
+
+    def number(value: float) -> Tensor:
+        # torch divides by a tensor; by a Python number it multiplies with the reciprocal, on a GPU.
+        return torch.full_like(loss, value)
+
     if average == "ema":
-        change = torch.where(count == 0, distance, distance * share)
+        change = torch.where(count == 0, distance, distance / (number(1.0) / number(share)))
     else:
         change = distance / (count + 1)
     after = history
     if average == "window":
         size = history.numel()
         oldest = history.gather(0, place.long()[None])[0]  # an index of one element would be read by the host
-        # By a tensor: for a number, torch multiplies by its reciprocal on a GPU, which rounds twice.
-        change = torch.where(count < size, change, (loss - oldest) / torch.full_like(loss, size))
+        change = torch.where(count < size, change, (loss - oldest) / number(size))
         is_place = torch.arange(size, device=history.device) == place
         after = torch.where(torch.isfinite(loss) & is_place, loss, history)
         place = torch.where(place + 1 < size, place + 1, 0)
@@ -118,7 +124,7 @@ def observe(mean, rest, count, phase, place, loss, history_ptr, window, share, K
     """(average, rest, count, phase, place) after ``loss``; the window itself is not written."""
     distance = loss - mean - rest
     if KIND == "ema":
-        change = tl.where(count == 0, distance, distance * tl.cast(share, tl.float32))
+        change = tl.where(count == 0, distance, tl.div_rn(distance, tl.div_rn(1.0, tl.cast(share, tl.float32))))
     else:
         change = tl.div_rn(distance, count + 1)
     new_place, new_count = place, count + 1

@@ -724,7 +724,7 @@ def _update_chunk(
     if clip_ptr is not None:
         scale *= tl.load(clip_ptr).to(tl.float32)
     if grad_scale_ptr is not None:
-        scale = scale / tl.load(grad_scale_ptr).to(tl.float32)
+        scale = tl.div_rn(scale, tl.load(grad_scale_ptr).to(tl.float32))
     key = seed
     if ROUNDING == "stochastic":
         key = _hash32(_hash32(step.to(tl.int32) ^ seed) ^ counted.to(tl.int32))
