@@ -305,7 +305,11 @@ def _wide_share(widths: list[int]) -> float:
 
 
 def all_jobs(
-    operators: Iterable[str], precisions: Iterable[str], archs: Iterable[str], sizes: Iterable[str], plain: bool = False
+    operators: Iterable[str],
+    precisions: Iterable[str],
+    archs: Iterable[str],
+    sizes: Iterable[str],
+    plain: bool = False,
 ) -> list[Job]:
     """Return the jobs of these names, those of variants included unless ``plain``."""
     return [
@@ -365,7 +369,8 @@ def main(arguments: list[str] | None = None) -> int:
     for code in codes:
         for fault in code.faults:
             console.print(
-                f"{code.kernel}, {code.precision}, {code.arch}, {code.size}, {code.variant}: {fault}", style="red"
+                f"{code.kernel}, {code.precision}, {code.arch}, {code.size}, {code.variant}: {fault}",
+                style="red",
             )
     return int(any(code.faults for code in codes))
 

@@ -22,7 +22,7 @@ Shapes: x, source, out (N, F, T); mask (N, 1, T) bool; weights (F, F), query and
 convolution (F, F, 3).
 Source: arXiv 2503.15126 (linear attention with sigmoid feature map); restriction to real frames is ours.
 
-Forward: the square weights are packed as the products want them; the convolution, which leaves o and parts of its
+Forward: the matrices are packed as the products want them; the convolution, which leaves o and parts of its
 statistics; K and U, which leave parts of both sums; a sum of these; everything from Q on. Kept for backward are o, the
 statistics, the two sums and the packed weights. Backward: from the output to Q, a sum, from there to K, U and h, a sum,
 norm and convolution, the gradients of the square weights, a sum. Products of a tile with a weight follow one another
@@ -45,11 +45,11 @@ from torch import Tensor
 from .dilated_conv import (
     analytic_dilated_conv,
     analytic_dilated_conv_gradients,
-    conv_backward_frames,
     dilated_conv,
     dilation_arguments,
     launch_dilated_conv_backward,
-    load_dilated_weights,
+    load_taps,
+    weights_frames,
 )
 from .dropout import (
     check_probability,
@@ -65,6 +65,7 @@ from .frame_statistics import of_sequence, store_sequence_part, with_tile
 from .frame_tiles import (
     PROGRAMS,
     load_frames,
+    load_packed,
     load_real,
     load_vector,
     needs_split_products,
@@ -75,6 +76,7 @@ from .frame_tiles import (
     split_gradients,
     store_frames,
     store_matrix,
+    store_packed,
     tile_constants,
     unsupported_frames,
     wide_precision,
@@ -382,23 +384,23 @@ def _sigmoid_product(weight, h, bias, PRECISION: tl.constexpr):
     return tl.sigmoid(tl.dot(weight, h, input_precision=PRECISION) + bias[:, None])
 
 
-QUERY, KEY, VALUE, ATTENTION, OUTPUT = (constant(i) for i in range(5))
-"""Places of the square weights among the packed ones."""
-TRANSPOSED = constant(5)
-"""Added to them, those of the transposed weights."""
+QUERY, KEY, VALUE, ATTENTION, OUTPUT, TAPS = (constant(i) for i in range(6))
+"""Places of the square weights and of the three matrices of the convolution among the packed ones."""
+MATRICES = 8
+TRANSPOSED = constant(MATRICES)
+"""Added to them, those of the transposed matrices."""
 NORMALISED, ATTENDED, MIXED = (constant(i) for i in range(5, 8))
 """The right operands of the weights' gradients, h, what is attended to and r, behind the five left ones."""
 
 
 @kernel
 def _attention_pack_kernel(
-    query_key_ptr, value_ptr, attention_ptr, output_ptr, packed_ptr, one_head_ptr, HEAD: tl.constexpr, F: tl.constexpr,
-    BF: tl.constexpr,
+    query_key_ptr, value_ptr, attention_ptr, output_ptr, conv_ptr, packed_ptr, one_head_ptr, HEAD: tl.constexpr,
+    F: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
-    """The square weights and the transposed ones in the dtype of the products, zero beyond the last feature.
+    """The matrices and the transposed ones in the dtype of the products, zero beyond the last feature.
 
-    Loaded as they are, without masks and conversions, they go straight to shared memory. one_head is 1 where two features
-    share a head: a product with it is a sum over the head.
+    one_head is 1 where two features share a head: a product with it is a sum over the head.
     """
     i, o_f = tl.program_id(0), tl.arange(0, BF)
     inside = (o_f < F)[:, None] & (o_f < F)[None, :]
@@ -410,21 +412,14 @@ def _attention_pack_kernel(
         weight = tl.load(value_ptr + places, mask=inside, other=0.0).to(dtype)
     elif i == ATTENTION:
         weight = tl.load(attention_ptr + places, mask=inside, other=0.0).to(dtype)
-    else:
+    elif i == OUTPUT:
         weight = tl.load(output_ptr + places, mask=inside, other=0.0).to(dtype)
-    packed_ptr += i * (BF * BF)
-    tl.store(packed_ptr + (o_f[:, None] * BF + o_f[None, :]), weight)
-    tl.store(packed_ptr + TRANSPOSED * (BF * BF) + (o_f[None, :] * BF + o_f[:, None]), weight)
+    else:
+        weight = tl.load(conv_ptr + 3 * places + (i - TAPS), mask=inside, other=0.0).to(dtype)
+    store_packed(packed_ptr, weight, i, TRANSPOSED, BF)
     if i == 0:
         # Features beyond the last make up heads of their own, so that no sum over a head is 0.
         tl.store(one_head_ptr + (o_f[:, None] * BF + o_f[None, :]), _same_head(o_f, HEAD).to(tl.float32))
-
-
-@device_function
-def _load_packed(packed_ptr, i: tl.constexpr, BF: tl.constexpr):
-    """One of the packed weights [BF, BF]."""
-    o_f = tl.arange(0, BF)
-    return tl.load(packed_ptr + (i * (BF * BF) + o_f[:, None] * BF + o_f[None, :]))
 
 
 @device_function
@@ -472,18 +467,18 @@ def _attend(
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Q as it rounds to, the normaliser of its head, and what is attended to: [BF, BT] in float32."""
-    query = _load_packed(packed_ptr, QUERY, BF)
+    query = load_packed(packed_ptr, QUERY, BF)
     query = (
         _sigmoid_product(query, h, load_vector(query_bias_ptr, o_f, F), PRECISION).to(h.dtype).to(tl.float32)
     )
-    normaliser = tl.dot(_load_packed(one_head_ptr, 0, BF), keys[:, None] * query, input_precision=WIDE)
+    normaliser = tl.dot(load_packed(one_head_ptr, 0, BF), keys[:, None] * query, input_precision=WIDE)
     attended = tl.dot(_load_heads(sums_ptr, o_f, F, HEAD), query, input_precision=WIDE)
     return query, normaliser, attended / normaliser
 
 
 @kernel
 def _attention_conv_kernel(
-    x_ptr, mask_ptr, weight_ptr, bias_ptr, o_ptr, parts_ptr, d, T, P, STEPS, F: tl.constexpr, BF: tl.constexpr,
+    x_ptr, mask_ptr, packed_ptr, bias_ptr, o_ptr, parts_ptr, d, T, P, STEPS, F: tl.constexpr, BF: tl.constexpr,
     BT: tl.constexpr, UNIT: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o, and the parts of its statistics."""
@@ -492,7 +487,7 @@ def _attention_conv_kernel(
     o_f, o_t = tl.arange(0, BF), tl.arange(0, BT)
     plane = i_n * F * T
     dtype = x_ptr.dtype.element_ty
-    weight0, weight1, weight2 = load_dilated_weights(weight_ptr, o_f, F, dtype)
+    weight0, weight1, weight2 = load_taps(packed_ptr, TAPS, BF)
     bias = load_vector(bias_ptr, o_f, F)
     count, mean, squares = 0.0, tl.zeros([BF], tl.float32), tl.zeros([BF], tl.float32)
     for i in range(0, STEPS):
@@ -530,12 +525,12 @@ def _attention_key_value_kernel(
         t = (i_p * STEPS + i) * BT + o_t
         real = load_real(mask_ptr + i_n * T, t, T)
         h = _normalised(load_frames(o_ptr + plane, o_f, t, F, T), mean, rstd, real).to(dtype)
-        key = _sigmoid_product(_load_packed(packed_ptr, KEY, BF), h, key_bias, PRECISION)
+        key = _sigmoid_product(load_packed(packed_ptr, KEY, BF), h, key_bias, PRECISION)
         key = tl.where(real[None, :], key, 0.0).to(dtype)
         if source_ptr is not None:
             h = load_frames(source_ptr + plane, o_f, t, F, T)
         value = (
-            tl.dot(_load_packed(packed_ptr, VALUE, BF), h, input_precision=PRECISION) + value_bias[:, None]
+            tl.dot(load_packed(packed_ptr, VALUE, BF), h, input_precision=PRECISION) + value_bias[:, None]
         ).to(dtype)
         key_value = tl.dot(value, tl.trans(key), key_value, input_precision=PRECISION)
         keys += tl.sum(key.to(tl.float32), 1)
@@ -563,14 +558,14 @@ def _attention_output_kernel(
     _, _, attended = _attend(
         h, keys, sums_ptr, packed_ptr, one_head_ptr, query_bias_ptr, o_f, F, HEAD, BF, PRECISION, WIDE
     )
-    y = tl.dot(_load_packed(packed_ptr, ATTENTION, BF), attended.to(o.dtype), input_precision=PRECISION)
+    y = tl.dot(load_packed(packed_ptr, ATTENTION, BF), attended.to(o.dtype), input_precision=PRECISION)
     y += load_vector(attention_bias_ptr, o_f, F)[:, None]
     if attention_seed_ptr is not None:
         y = dropped(
             y, dropout_rows(attention_seed_ptr, i_n * F + o_f), t, attention_threshold, attention_scale
         )
     y = (tl.cast(scale, tl.float32) * y + o.to(tl.float32)).to(o.dtype)
-    y = tl.dot(_load_packed(packed_ptr, OUTPUT, BF), y, input_precision=PRECISION)
+    y = tl.dot(load_packed(packed_ptr, OUTPUT, BF), y, input_precision=PRECISION)
     y += load_vector(output_bias_ptr, o_f, F)[:, None]
     if output_seed_ptr is not None:
         y = dropped(y, dropout_rows(output_seed_ptr, i_n * F + o_f), t, output_threshold, output_scale)
@@ -601,7 +596,7 @@ def _attention_output_backward_kernel(
         h, keys, sums_ptr, packed_ptr, one_head_ptr, query_bias_ptr, o_f, F, HEAD, BF, PRECISION, WIDE
     )
     store_frames(operands_ptr + ATTENDED * everything, attended, o_f, t, F, T)
-    y = tl.dot(_load_packed(packed_ptr, ATTENTION, BF), attended.to(o.dtype), input_precision=PRECISION)
+    y = tl.dot(load_packed(packed_ptr, ATTENTION, BF), attended.to(o.dtype), input_precision=PRECISION)
     y += load_vector(attention_bias_ptr, o_f, F)[:, None]
     scale = tl.cast(scale, tl.float32)
     if attention_seed_ptr is not None:
@@ -614,7 +609,7 @@ def _attention_output_backward_kernel(
         g = dropped(g, dropout_rows(output_seed_ptr, i_n * F + o_f), t, output_threshold, output_scale)
     g = g.to(o.dtype)
     store_frames(operands_ptr + OUTPUT * everything, g, o_f, t, F, T)
-    g = tl.dot(_load_packed(packed_ptr, TRANSPOSED + OUTPUT, BF), g, input_precision=PRECISION)
+    g = tl.dot(load_packed(packed_ptr, TRANSPOSED + OUTPUT, BF), g, input_precision=PRECISION)
     store_frames(gr_ptr + plane, g, o_f, t, F, T)
     # Back to what is attended to.
     g = scale * g
@@ -622,13 +617,10 @@ def _attention_output_backward_kernel(
         g = dropped(g, attention_rows, t, attention_threshold, attention_scale)
     g = g.to(o.dtype)
     store_frames(operands_ptr + ATTENTION * everything, g, o_f, t, F, T)
-    u = (
-        tl.dot(_load_packed(packed_ptr, TRANSPOSED + ATTENTION, BF), g, input_precision=PRECISION)
-        / normaliser
-    )
+    u = tl.dot(load_packed(packed_ptr, TRANSPOSED + ATTENTION, BF), g, input_precision=PRECISION) / normaliser
     # Back to both sums and to Q.
     grad_sums_ptr += tl.program_id(0).to(tl.int64) * (F * HEAD + F)
-    share = tl.dot(_load_packed(one_head_ptr, 0, BF), u * attended, input_precision=WIDE)  # sum over the head
+    share = tl.dot(load_packed(one_head_ptr, 0, BF), u * attended, input_precision=WIDE)  # sum over the head
     tl.store(grad_sums_ptr + F * HEAD + o_f, -tl.sum(query * share, 1), mask=o_f < F)
     g = (
         tl.dot(_load_heads_transposed(sums_ptr, o_f, F, HEAD), u, input_precision=WIDE)
@@ -636,7 +628,7 @@ def _attention_output_backward_kernel(
     )
     g = (g * query * (1.0 - query)).to(o.dtype)
     store_frames(operands_ptr + QUERY * everything, g, o_f, t, F, T)
-    g = tl.dot(_load_packed(packed_ptr, TRANSPOSED + QUERY, BF), g, input_precision=PRECISION)
+    g = tl.dot(load_packed(packed_ptr, TRANSPOSED + QUERY, BF), g, input_precision=PRECISION)
     store_frames(gh_ptr + plane, g, o_f, t, F, T)
     _store_heads(grad_sums_ptr, tl.dot(u, tl.trans(query), input_precision=WIDE), o_f, F, HEAD)
 
@@ -664,24 +656,24 @@ def _attention_key_value_backward_kernel(
         source = load_frames(source_ptr + plane, o_f, t, F, T)
     grad_sums_ptr += i_n * (F * HEAD + F)
     # Back to U.
-    key = _sigmoid_product(_load_packed(packed_ptr, KEY, BF), h, load_vector(key_bias_ptr, o_f, F), PRECISION)
+    key = _sigmoid_product(load_packed(packed_ptr, KEY, BF), h, load_vector(key_bias_ptr, o_f, F), PRECISION)
     key = tl.where(real[None, :], key.to(o.dtype).to(tl.float32), 0.0)
     g = tl.dot(_load_heads(grad_sums_ptr, o_f, F, HEAD), key, input_precision=WIDE).to(o.dtype)
     store_frames(operands_ptr + VALUE * everything, g, o_f, t, F, T)
     gh = load_frames(query_gh_ptr + plane, o_f, t, F, T).to(tl.float32)
-    g = tl.dot(_load_packed(packed_ptr, TRANSPOSED + VALUE, BF), g, input_precision=PRECISION)
+    g = tl.dot(load_packed(packed_ptr, TRANSPOSED + VALUE, BF), g, input_precision=PRECISION)
     if source_ptr is not None:
         store_frames(grad_source_ptr + plane, g, o_f, t, F, T)
     else:
         gh += g
     # Back to K, whose gradient is 0 where it is: on padded frames.
-    value = tl.dot(_load_packed(packed_ptr, VALUE, BF), source, input_precision=PRECISION)
+    value = tl.dot(load_packed(packed_ptr, VALUE, BF), source, input_precision=PRECISION)
     value = (value + load_vector(value_bias_ptr, o_f, F)[:, None]).to(o.dtype).to(tl.float32)
     g = tl.dot(_load_heads_transposed(grad_sums_ptr, o_f, F, HEAD), value, input_precision=WIDE)
     g += load_vector(grad_sums_ptr + F * HEAD, o_f, F)[:, None]
     g = (g * key * (1.0 - key)).to(o.dtype)
     store_frames(operands_ptr + KEY * everything, g, o_f, t, F, T)
-    gh += tl.dot(_load_packed(packed_ptr, TRANSPOSED + KEY, BF), g, input_precision=PRECISION)
+    gh += tl.dot(load_packed(packed_ptr, TRANSPOSED + KEY, BF), g, input_precision=PRECISION)
     store_frames(gh_ptr + plane, gh, o_f, t, F, T)
     norm_sums_ptr += tl.program_id(0).to(tl.int64) * (2 * F)
     tl.store(norm_sums_ptr + o_f, tl.sum(gh, 1), mask=o_f < F)
@@ -764,12 +756,13 @@ def _forward(
     out, o = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
     stats = x.new_empty(n, 2 * f + 1, dtype=torch.float32)
     head, width = f // heads, power_of_two(f, 16)
-    packed, one_head = x.new_empty(10, width, width), stats.new_empty(width, width)
+    packed, one_head = x.new_empty(2 * MATRICES, width, width), stats.new_empty(width, width)
     if not launchable(x) or not x.numel():
         return out, o, stats, stats.new_empty(n, f * head + f), packed, one_head
     launch(
-        _attention_pack_kernel, (5,), query_key_weight.contiguous(), value_weight.contiguous(),
-        attention_weight.contiguous(), output_weight.contiguous(), packed, one_head, HEAD=head, F=f, BF=width,
+        _attention_pack_kernel, (MATRICES,), query_key_weight.contiguous(), value_weight.contiguous(),
+        attention_weight.contiguous(), output_weight.contiguous(), conv_weight.contiguous(), packed, one_head, HEAD=head, F=f,
+        BF=width,
     )  # fmt: skip
     x, mask, source = rows(x), rows(mask), None if source is None else rows(source.to(x.dtype))
     constants = tile_constants(x, _frames(x)) | {"num_warps": product_warps(x)}
@@ -779,8 +772,7 @@ def _forward(
     parts = stats.new_empty(n, per_sequence, 2 * f + 1)
     d, stride = dilation_arguments(dilation)
     launch(
-        _attention_conv_kernel, programs, x, mask, conv_weight.contiguous(), conv_bias, o, parts, d, *division, **stride,
-        **constants,
+        _attention_conv_kernel, programs, x, mask, packed, conv_bias, o, parts, d, *division, **stride, **constants,
     )  # fmt: skip
     query_bias, key_bias = query_key_bias.chunk(2)
     sums = stats.new_empty(n, per_sequence, f * head + f)
@@ -855,15 +847,16 @@ def _backward(
         _attention_key_value_backward_kernel, (n * tiles,), mask, o, stats, source, grad_sums.sum(1), packed, key_bias,
         value_bias, query_gh, gh, grad_source, operands, norm_sums, n, length, tiles, **chain,
     )  # fmt: skip
-    per_sequence, steps = split(x, conv_backward_frames(x), PROGRAMS // 2)
-    parts = stats.new_empty(n * per_sequence, columns)
+    division = split(x, weights_frames(x), PROGRAMS // 2)
+    parts = stats.new_empty(n * division[0], columns)
+    gz = query_gh  # which was read for the last time
     launch_dilated_conv_backward(
-        grad, mask, x, conv_weight.contiguous(), dilation, gr, (gh, o, stats, norm_sums.sum(1)), grad_x, parts,
-        (per_sequence, steps),
+        grad, mask, x, packed, MATRICES + 5, dilation, gr, (gh, o, stats, norm_sums.sum(1)), gz, grad_x, None, parts,
+        division,
     )  # fmt: skip
     launch(
-        _attention_weights_backward_kernel, (n * per_sequence, 5), operands, source, parts, n, length, per_sequence,
-        steps, columns, **(constants | {"BT": conv_backward_frames(x)}),
+        _attention_weights_backward_kernel, (n * division[0], 5), operands, source, parts, n, length, *division, columns,
+        **(constants | {"BT": weights_frames(x)}),
     )  # fmt: skip
     return grad_x, grad_source, parts.sum(0)
 

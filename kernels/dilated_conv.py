@@ -7,10 +7,13 @@ Backward, with gz the gradient of y:
     grad_x[n,g,t] = sum_(o,j) weight[o,g,j] gz[n,o,t - (j - 1) d],   grad_bias[o] = sum gz
     grad_weight[o,g,j] = sum_(n,t) gz[n,o,t - (j - 1) d] x[n,g,t]
 
-Both want gz at the same three places, so one pass gives both. Where y is followed by ReLU and instance norm, whose output
-is h, gz is computed on the way from the gradient gr behind the norm's residual and gh of h:
+Where y is followed by ReLU and instance norm, whose output is h, gz is computed on the way from the gradient gr behind the
+norm's residual and gh of h:
 
     gz = (gr + rstd (gh - mean_t gh - h mean_t(gh h))) [y > 0]                   means over real frames
+
+Two kernels: one makes grad_x tile by tile, the other adds up the gradients of the parameters, one matrix per program. In one
+kernel the three sums of matrices leave no room for a second program per processor, and each step waits for memory.
 """
 
 from __future__ import annotations
@@ -20,18 +23,18 @@ from torch import Tensor
 
 from .frame_tiles import (
     load_frames,
-    load_matrix,
+    load_packed,
     load_real,
     load_vector,
     needs_split_products,
     product_warps,
     sequence_and_part,
     store_frames,
+    store_gradients,
     store_matrix,
     tile_constants,
-    warps,
 )
-from .launch import device_function, kernel, launch, target_of, tl, unit
+from .launch import cdiv, device_function, kernel, launch, tl, unit
 
 
 def analytic_dilated_conv(x: Tensor, weight: Tensor, bias: Tensor, d: int) -> Tensor:
@@ -69,12 +72,12 @@ def _apart(d: int, t: int) -> tuple[slice, slice]:
 
 
 @device_function
-def load_dilated_weights(weight_ptr, o_f, F, dtype: tl.constexpr):
-    """The three matrices [BF, BF] of a weight (F, F, 3)."""
+def load_taps(packed_ptr, first: tl.constexpr, BF: tl.constexpr):
+    """Return the three matrices [BF, BF] of a convolution from packed ones, of which they are number ``first`` and on."""
     return (
-        load_matrix(weight_ptr, o_f, o_f, F, 3 * F, 3, dtype),
-        load_matrix(weight_ptr + 1, o_f, o_f, F, 3 * F, 3, dtype),
-        load_matrix(weight_ptr + 2, o_f, o_f, F, 3 * F, 3, dtype),
+        load_packed(packed_ptr, first, BF),
+        load_packed(packed_ptr, first + 1, BF),
+        load_packed(packed_ptr, first + 2, BF),
     )
 
 
@@ -84,16 +87,6 @@ def dilated_conv(x_ptr, weight0, weight1, weight2, bias, o_f, t, d, F, T, PRECIS
     y = tl.dot(weight0, load_frames(x_ptr, o_f, t - d, F, T), input_precision=PRECISION)
     y = tl.dot(weight1, load_frames(x_ptr, o_f, t, F, T), y, input_precision=PRECISION)
     y = tl.dot(weight2, load_frames(x_ptr, o_f, t + d, F, T), y, input_precision=PRECISION)
-    return y + bias[:, None]
-
-
-@device_function
-def dilated_conv_by_taps(x_ptr, weight_ptr, bias, o_f, t, d, F, T, PRECISION: tl.constexpr):
-    """The same, with one matrix at a time: for kernels that have no room for three."""
-    y = tl.zeros([o_f.shape[0], t.shape[0]], tl.float32)
-    for j in range(0, 3):
-        weight = load_matrix(weight_ptr + j, o_f, o_f, F, 3 * F, 3, x_ptr.dtype.element_ty)
-        y = tl.dot(weight, load_frames(x_ptr, o_f, t + (j - 1) * d, F, T), y, input_precision=PRECISION)
     return y + bias[:, None]
 
 
@@ -120,24 +113,18 @@ def _direct(grad_ptr, mask_ptr, o_f, t, F, T):
 
 @kernel
 def _dilated_conv_backward_kernel(
-    grad_ptr, mask_ptr, x_ptr, weight_ptr, gr_ptr, gh_ptr, o_ptr, stats_ptr, sums_ptr, grad_x_ptr, parts_ptr, d, T, P,
-    STEPS, COLUMNS, APART: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr,
-    STRIDE: tl.constexpr, PRECISION: tl.constexpr,
+    grad_ptr, mask_ptr, packed_ptr, gr_ptr, gh_ptr, o_ptr, stats_ptr, sums_ptr, gz_ptr, grad_x_ptr, d, T, TILES,
+    FIRST: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr, STRIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the output reaches x directly where the frame is real, and through the convolution.
-
-    APART: the gradients of the three matrices one after the other, for operands that want much room.
-    """
+    """grad_x of one tile, which the gradient of the output also reaches directly where the frame is real; and gz, where it is
+    not given. The transposed taps are number FIRST and on of the packed matrices."""
     T, d = T * UNIT, d * STRIDE
-    i_n, i_p = sequence_and_part(P)
-    o_f, o_t = tl.arange(0, BF), tl.arange(0, BT)
+    i_n, i_t = sequence_and_part(TILES)
+    o_f, t = tl.arange(0, BF), i_t * BT + tl.arange(0, BT)
     plane = i_n * F * T
-    grad_ptr += plane
-    x_ptr += plane
     gr_ptr += plane
-    dtype = x_ptr.dtype.element_ty
     mask_ptr += i_n * T
-    parts_ptr += tl.program_id(0).to(tl.int64) * COLUMNS
     mean, rstd, mean_g, mean_gh = None, None, None, None
     if gh_ptr is not None:
         gh_ptr += plane
@@ -148,50 +135,45 @@ def _dilated_conv_backward_kernel(
         sums_ptr += i_n * (2 * F)
         mean_g, mean_gh = load_vector(sums_ptr, o_f, F) / count, load_vector(sums_ptr + F, o_f, F) / count
     norm = gh_ptr, o_ptr, mask_ptr, mean, rstd, mean_g, mean_gh
-    gb = tl.zeros([BF], tl.float32)
-    if APART:
-        for i in range(0, STEPS):
-            t = (i_p * STEPS + i) * BT + o_t
-            grad_x = _direct(grad_ptr, mask_ptr, o_f, t, F, T)
-            for j in range(0, 3):
-                gz = _gradient(gr_ptr, norm, o_f, t + (1 - j) * d, F, T)
-                weight = load_matrix(weight_ptr + j, o_f, o_f, F, 3, 3 * F, dtype)
-                grad_x = tl.dot(weight, gz, grad_x, input_precision=PRECISION)
-            store_frames(grad_x_ptr + plane, grad_x, o_f, t, F, T)
-        for j in range(0, 3):
-            gw = tl.zeros([BF, BF], tl.float32)
-            for i in range(0, STEPS):
-                t = (i_p * STEPS + i) * BT + o_t
-                gz = _gradient(gr_ptr, norm, o_f, t + (1 - j) * d, F, T)
-                gw = tl.dot(gz, tl.trans(load_frames(x_ptr, o_f, t, F, T)), gw, input_precision=PRECISION)
-                if j == 1:
-                    gb += tl.sum(gz.to(tl.float32), 1)
-            store_matrix(parts_ptr + j, gw, o_f, o_f, F, 3 * F, 3)
+    grad_x = _direct(grad_ptr + plane, mask_ptr, o_f, t, F, T)
+    for j in tl.static_range(0, 3):
+        gz = _gradient(gr_ptr, norm, o_f, t + (1 - j) * d, F, T)
+        grad_x = tl.dot(load_packed(packed_ptr, FIRST + j, BF), gz, grad_x, input_precision=PRECISION)
+        if j == 1:
+            if gz_ptr is not None:
+                store_frames(gz_ptr + plane, gz, o_f, t, F, T)
+    store_frames(grad_x_ptr + plane, grad_x, o_f, t, F, T)
+
+
+@kernel
+def _dilated_conv_weights_kernel(
+    gz_ptr, x_ptr, gc_ptr, hidden_ptr, parts_ptr, d, T, P, STEPS, COLUMNS, F: tl.constexpr, BF: tl.constexpr,
+    BT: tl.constexpr, UNIT: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A part of the gradient of one tap, or, the fourth, of the square weight between ``hidden`` and what has the gradient
+    ``gc``; and of their biases."""
+    T, d = T * UNIT, d * STRIDE
+    i_n, i_p = sequence_and_part(P)
+    j = tl.program_id(1)
+    o_f, o_t = tl.arange(0, BF), tl.arange(0, BT)
+    plane = i_n * F * T
+    left_ptr, right_ptr, shift = gz_ptr + plane, x_ptr + plane, (1 - j) * d
+    if gc_ptr is not None:
+        if j == 3:
+            left_ptr, right_ptr, shift = gc_ptr + plane, hidden_ptr + plane, 0 * d
+    gw, gb = tl.zeros([BF, BF], tl.float32), tl.zeros([BF], tl.float32)
+    for i in range(0, STEPS):
+        t = (i_p * STEPS + i) * BT + o_t
+        left = load_frames(left_ptr, o_f, t + shift, F, T)
+        gw = tl.dot(left, tl.trans(load_frames(right_ptr, o_f, t, F, T)), gw, input_precision=PRECISION)
+        gb += tl.sum(left.to(tl.float32), 1)
+    parts_ptr += tl.program_id(0).to(tl.int64) * COLUMNS
+    if j < 3:
+        store_matrix(parts_ptr + j, gw, o_f, o_f, F, 3 * F, 3)
+        # The frames of the middle tap are not shifted: none is left out.
+        tl.store(parts_ptr + 3 * F * F + o_f, gb, mask=(o_f < F) & (j == 1))
     else:
-        weight0 = load_matrix(weight_ptr, o_f, o_f, F, 3, 3 * F, dtype)
-        weight1 = load_matrix(weight_ptr + 1, o_f, o_f, F, 3, 3 * F, dtype)
-        weight2 = load_matrix(weight_ptr + 2, o_f, o_f, F, 3, 3 * F, dtype)
-        gw0, gw1 = tl.zeros([BF, BF], tl.float32), tl.zeros([BF, BF], tl.float32)
-        gw2 = tl.zeros([BF, BF], tl.float32)
-        for i in range(0, STEPS):
-            t = (i_p * STEPS + i) * BT + o_t
-            gz0 = _gradient(gr_ptr, norm, o_f, t + d, F, T)
-            gz1 = _gradient(gr_ptr, norm, o_f, t, F, T)
-            gz2 = _gradient(gr_ptr, norm, o_f, t - d, F, T)
-            grad_x = _direct(grad_ptr, mask_ptr, o_f, t, F, T)
-            grad_x = tl.dot(weight0, gz0, grad_x, input_precision=PRECISION)
-            grad_x = tl.dot(weight1, gz1, grad_x, input_precision=PRECISION)
-            grad_x = tl.dot(weight2, gz2, grad_x, input_precision=PRECISION)
-            store_frames(grad_x_ptr + plane, grad_x, o_f, t, F, T)
-            x = tl.trans(load_frames(x_ptr, o_f, t, F, T))  # [BT, BF]
-            gw0 = tl.dot(gz0, x, gw0, input_precision=PRECISION)
-            gw1 = tl.dot(gz1, x, gw1, input_precision=PRECISION)
-            gw2 = tl.dot(gz2, x, gw2, input_precision=PRECISION)
-            gb += tl.sum(gz1.to(tl.float32), 1)
-        store_matrix(parts_ptr, gw0, o_f, o_f, F, 3 * F, 3)
-        store_matrix(parts_ptr + 1, gw1, o_f, o_f, F, 3 * F, 3)
-        store_matrix(parts_ptr + 2, gw2, o_f, o_f, F, 3 * F, 3)
-    tl.store(parts_ptr + 3 * F * F + o_f, gb, mask=o_f < F)
+        store_gradients(parts_ptr + 3 * F * F + F, gw, gb, F * F, o_f, F)
 
 
 def dilation_arguments(d: int) -> tuple[int, dict[str, int]]:
@@ -199,8 +181,8 @@ def dilation_arguments(d: int) -> tuple[int, dict[str, int]]:
     return d // unit(d), {"STRIDE": unit(d)}
 
 
-def conv_backward_frames(x: Tensor) -> int:
-    """Frames of a tile of the backward kernel: fewer for split operands and rows that are not aligned."""
+def weights_frames(x: Tensor) -> int:
+    """Return the frames of a tile of sums over frames: fewer for split operands and rows that are not aligned."""
     return 16 if needs_split_products(x) and unit(x.shape[2]) == 1 else 32
 
 
@@ -208,29 +190,34 @@ def launch_dilated_conv_backward(
     grad: Tensor,
     mask: Tensor,
     x: Tensor,
-    weight: Tensor,
+    packed: Tensor,
+    first: int,
     d: int,
     gr: Tensor,
     norm: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    gz: Tensor | None,
     grad_x: Tensor,
+    square: tuple[Tensor, Tensor] | None,
     parts: Tensor,
     division: tuple[int, int],
 ) -> None:
-    """Write the gradient of x, and of weight and bias into the first columns of ``parts`` (programs, columns).
+    """Write the gradient of x, and those of weight and bias into the first columns of ``parts`` (programs, columns).
 
-    ``gr`` is gz itself, or, with ``norm`` = (gh, y, statistics of the norm, sums over time of gh and gh h (N, 2F)), what
-    reaches y beside the norm. ``division`` is that of :func:`.frame_tiles.split` in tiles of ``conv_backward_frames(x)``.
+    ``packed`` has the transposed taps from ``first`` on. ``gr`` is gz itself, or, with ``norm`` = (gh, y, statistics of the
+    norm, sums over time of gh and gh h (N, 2F)), what reaches y beside the norm; gz is then written to ``gz``. ``square``:
+    the gradient behind a square weight and its operand; its gradients follow in the columns. ``division`` is that of
+    :func:`.frame_tiles.split` in tiles of ``weights_frames(x)``.
     """
     n, _, t = x.shape
     per_sequence, steps = division
-    constants = tile_constants(x, conv_backward_frames(x))
+    constants = tile_constants(x, weights_frames(x)) | {"num_warps": product_warps(x)}
     d, stride = dilation_arguments(d)
-    short = target_of(x).backend == "hip" or unit(t) == 1
-    split_products = needs_split_products(x)
-    apart = split_products or (norm is not None and short)
+    length, tiles = t // constants["UNIT"], cdiv(t, constants["BT"])
     launch(
-        _dilated_conv_backward_kernel, (n * per_sequence,), grad, mask, x, weight, gr,
-        *(norm or (None, None, None, None)), grad_x, parts, d, t // constants["UNIT"], per_sequence, steps,
-        parts.shape[1], APART=apart, num_warps=product_warps(x) if split_products else warps(x),
-        **stride, **constants,
+        _dilated_conv_backward_kernel, (n * tiles,), grad, mask, packed, gr, *(norm or (None, None, None, None)), gz,
+        grad_x, d, length, tiles, FIRST=first, **stride, **constants,
+    )  # fmt: skip
+    launch(
+        _dilated_conv_weights_kernel, (n * per_sequence, 3 + (square is not None)), gr if gz is None else gz, x,
+        *(square or (None, None)), parts, d, length, per_sequence, steps, parts.shape[1], **stride, **constants,
     )  # fmt: skip

@@ -10,9 +10,9 @@ Backward, with gc the gradient behind the product:
 Shapes: x, out (N, F, T); mask (N, 1, T) bool; convolution (F, F, 3); W (F, F).
 Source: Y. Abu Farha, J. Gall, MS-TCN, arXiv 1903.01945.
 
-One launch forward. Backward computes y again, which is cheaper than to keep it, and wants gz at frames of other
-programs: one launch that makes it, one that uses it. Both leave parts of the gradients of the parameters, one row for
-each program, whose sum is the third.
+Forward: one launch packs the matrices as the products want them, one does the rest. Backward computes y again, which is
+cheaper than to keep it. It wants gz at frames of other programs: one launch makes it, one makes grad_x of it, and one the
+parts of the gradients of the parameters, one row for each program, which are added up last.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ from torch import Tensor
 from .dilated_conv import (
     analytic_dilated_conv,
     analytic_dilated_conv_gradients,
-    conv_backward_frames,
     dilated_conv,
-    dilated_conv_by_taps,
     dilation_arguments,
     launch_dilated_conv_backward,
-    load_dilated_weights,
+    load_taps,
+    weights_frames,
 )
 from .dropout import (
     check_probability,
@@ -45,8 +44,9 @@ from .dropout import (
     only,
 )
 from .frame_tiles import (
+    PROGRAMS,
     load_frames,
-    load_matrix,
+    load_packed,
     load_real,
     load_vector,
     needs_split_products,
@@ -55,12 +55,11 @@ from .frame_tiles import (
     split,
     split_gradients,
     store_frames,
-    store_gradients,
+    store_packed,
     tile_constants,
     unsupported_frames,
-    warps,
 )
-from .launch import kernel, launch, launchable, rows, tl, unit
+from .launch import cdiv, constant, kernel, launch, launchable, power_of_two, rows, tl
 from .operator import Fused, Operator, check_mask, check_shapes
 from .padding import masked, masked_, real_frames
 from .pointwise import analytic_pointwise, pointwise, pointwise_input_gradient, pointwise_parameter_gradients
@@ -131,19 +130,39 @@ def _analytic_backward(
     return *of_conv, grad_output_weight, grad_output_bias
 
 
+OUTPUT, TAPS = constant(0), constant(1)
+"""Places of the square weight and of the three matrices of the convolution among the packed ones."""
+MATRICES = 4
+TRANSPOSED = constant(MATRICES)
+"""Added to them, those of the transposed matrices."""
+
+
+@kernel
+def _dilated_residual_pack_kernel(weight_ptr, conv_ptr, packed_ptr, F: tl.constexpr, BF: tl.constexpr):
+    """The matrices and the transposed ones in the dtype of the products, zero beyond the last feature."""
+    i, o_f = tl.program_id(0), tl.arange(0, BF)
+    inside = (o_f < F)[:, None] & (o_f < F)[None, :]
+    places = o_f[:, None] * F + o_f[None, :]
+    dtype = packed_ptr.dtype.element_ty
+    if i == OUTPUT:
+        weight = tl.load(weight_ptr + places, mask=inside, other=0.0).to(dtype)
+    else:
+        weight = tl.load(conv_ptr + 3 * places + (i - TAPS), mask=inside, other=0.0).to(dtype)
+    store_packed(packed_ptr, weight, i, TRANSPOSED, BF)
+
+
 @kernel
 def _dilated_residual_forward_kernel(
-    x_ptr, mask_ptr, conv_weight_ptr, conv_bias_ptr, weight_ptr, bias_ptr, seed_ptr, out_ptr, threshold, scale, d, T, P,
-    STEPS, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr, STRIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x_ptr, mask_ptr, packed_ptr, conv_bias_ptr, bias_ptr, seed_ptr, out_ptr, threshold, scale, d, T, P, STEPS,
+    F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     T, d = T * UNIT, d * STRIDE
     i_n, i_p = sequence_and_part(P)
     o_f, o_t = tl.arange(0, BF), tl.arange(0, BT)
     plane = i_n * F * T
     dtype = x_ptr.dtype.element_ty
-    weight0, weight1, weight2 = load_dilated_weights(conv_weight_ptr, o_f, F, dtype)
-    weight = load_matrix(weight_ptr, o_f, o_f, F, F, 1, dtype)
+    weight0, weight1, weight2 = load_taps(packed_ptr, TAPS, BF)
+    weight = load_packed(packed_ptr, OUTPUT, BF)
     conv_bias, bias = load_vector(conv_bias_ptr, o_f, F), load_vector(bias_ptr, o_f, F)
     if seed_ptr is not None:
         dropout_keys = dropout_rows(seed_ptr, i_n * F + o_f)
@@ -161,43 +180,28 @@ def _dilated_residual_forward_kernel(
 
 @kernel
 def _dilated_residual_backward_kernel(
-    grad_ptr, x_ptr, mask_ptr, conv_weight_ptr, conv_bias_ptr, weight_ptr, seed_ptr, gz_ptr, parts_ptr, threshold, scale,
-    d, T, P, STEPS, PASSES: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr,
-    STRIDE: tl.constexpr, PRECISION: tl.constexpr,
+    grad_ptr, x_ptr, mask_ptr, packed_ptr, conv_bias_ptr, seed_ptr, gc_ptr, hidden_ptr, gz_ptr, threshold, scale, d, T,
+    TILES, F: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr, STRIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """gz, and the last columns of the parts; in two PASSES, for operands that want much room, one after the other."""
+    """gc, h and gz of one tile."""
     T, d = T * UNIT, d * STRIDE
-    i_n, i_p = sequence_and_part(P)
-    o_f, o_t = tl.arange(0, BF), tl.arange(0, BT)
+    i_n, i_t = sequence_and_part(TILES)
+    o_f, t = tl.arange(0, BF), i_t * BT + tl.arange(0, BT)
     plane = i_n * F * T
     dtype = x_ptr.dtype.element_ty
+    weight0, weight1, weight2 = load_taps(packed_ptr, TAPS, BF)
     conv_bias = load_vector(conv_bias_ptr, o_f, F)
+    y = dilated_conv(x_ptr + plane, weight0, weight1, weight2, conv_bias, o_f, t, d, F, T, PRECISION)
+    store_frames(hidden_ptr + plane, tl.where(y <= 0.0, 0.0, y), o_f, t, F, T)
+    real = load_real(mask_ptr + i_n * T, t, T)
+    gc = tl.where(real[None, :], load_frames(grad_ptr + plane, o_f, t, F, T).to(tl.float32), 0.0)
     if seed_ptr is not None:
-        dropout_keys = dropout_rows(seed_ptr, i_n * F + o_f)
-    gw, gb = tl.zeros([BF, BF], tl.float32), tl.zeros([BF], tl.float32)
-    for PASS in tl.static_range(0, PASSES):
-        for i in range(0, STEPS):
-            t = (i_p * STEPS + i) * BT + o_t
-            y = dilated_conv_by_taps(x_ptr + plane, conv_weight_ptr, conv_bias, o_f, t, d, F, T, PRECISION)
-            real = load_real(mask_ptr + i_n * T, t, T)
-            gc = tl.where(real[None, :], load_frames(grad_ptr + plane, o_f, t, F, T).to(tl.float32), 0.0)
-            if seed_ptr is not None:
-                gc = dropped(gc, dropout_keys, t, threshold, scale)
-            if PASS == 0:
-                transposed = load_matrix(weight_ptr, o_f, o_f, F, 1, F, dtype)
-                gz = tl.dot(transposed, gc.to(dtype), input_precision=PRECISION)
-                store_frames(gz_ptr + plane, tl.where(y > 0.0, gz, 0.0), o_f, t, F, T)
-            if PASS == PASSES - 1:
-                hidden = tl.where(y <= 0.0, 0.0, y).to(dtype)
-                gw = tl.dot(gc.to(dtype), tl.trans(hidden), gw, input_precision=PRECISION)
-                gb += tl.sum(gc, 1)
-    columns = 4 * F * F + 2 * F
-    parts_ptr += tl.program_id(0).to(tl.int64) * columns + 3 * F * F + F
-    store_gradients(parts_ptr, gw, gb, F * F, o_f, F)
-
-
-# Tiles and passes by what compiles without spills on every architecture (python -m bench.compiled). The operands of
-# three-fold tf32 products want the most room; rows that are not aligned want more than others.
+        gc = dropped(gc, dropout_rows(seed_ptr, i_n * F + o_f), t, threshold, scale)
+    gc = gc.to(dtype)
+    store_frames(gc_ptr + plane, gc, o_f, t, F, T)
+    gz = tl.dot(load_packed(packed_ptr, TRANSPOSED + OUTPUT, BF), gc, input_precision=PRECISION)
+    store_frames(gz_ptr + plane, tl.where(y > 0.0, gz, 0.0), o_f, t, F, T)
 
 
 def _forward(
@@ -210,22 +214,28 @@ def _forward(
     seed: Optional[Tensor],
     dilation: int,
     p: float,
-) -> tuple[Tensor]:
+) -> tuple[Tensor, Tensor]:
     n, f, t = x.shape
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out, width = torch.empty_like(x, memory_format=torch.contiguous_format), power_of_two(f, 16)
+    packed = x.new_empty(2 * MATRICES, width, width)
     if launchable(x) and x.numel():
+        launch(
+            _dilated_residual_pack_kernel, (MATRICES,), output_weight.contiguous(), conv_weight.contiguous(), packed, F=f,
+            BF=width,
+        )  # fmt: skip
         x, mask = rows(x), rows(mask)
         split_products = needs_split_products(x)
+        # What compiles without spills on every architecture (python -m bench.compiled).
         constants = tile_constants(x, 32 if split_products else 64)
         per_sequence, steps = split(x, constants["BT"])
         seed, *dropout_numbers = dropout_arguments(p, seed)
         d, stride = dilation_arguments(dilation)
         launch(
-            _dilated_residual_forward_kernel, (n * per_sequence,), x, mask, conv_weight.contiguous(), conv_bias,
-            output_weight.contiguous(), output_bias, seed, out, *dropout_numbers, d, t // constants["UNIT"],
-            per_sequence, steps, num_warps=product_warps(x) if split_products else 4, **stride, **constants,
+            _dilated_residual_forward_kernel, (n * per_sequence,), x, mask, packed, conv_bias, output_bias, seed, out,
+            *dropout_numbers, d, t // constants["UNIT"], per_sequence, steps,
+            num_warps=product_warps(x) if split_products else 4, **stride, **constants,
         )  # fmt: skip
-    return (out,)
+    return out, packed
 
 
 def _backward(
@@ -239,6 +249,7 @@ def _backward(
     seed: Optional[Tensor],
     dilation: int,
     p: float,
+    packed: Tensor,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x, and those of the parameters in one tensor of float32."""
@@ -247,20 +258,21 @@ def _backward(
     columns = 4 * f * f + 2 * f
     if not launchable(x) or not x.numel():
         return grad_x, x.new_zeros(columns, dtype=torch.float32)
-    grad, x, mask, conv_weight = rows(grad), rows(x), rows(mask), conv_weight.contiguous()
-    frames = conv_backward_frames(x)
-    constants, division = tile_constants(x, frames), split(x, frames)
-    gz, parts = torch.empty_like(x), x.new_empty(n * division[0], columns, dtype=torch.float32)
+    grad, x, mask = rows(grad), rows(x), rows(mask)
+    constants = tile_constants(x, weights_frames(x))
+    tiles = cdiv(t, constants["BT"])
+    gc, hidden, gz = (torch.empty_like(x) for _ in range(3))
     seed, *dropout_numbers = dropout_arguments(p, seed)
     d, stride = dilation_arguments(dilation)
-    split_products = needs_split_products(x)
-    num_warps = product_warps(x) if split_products or unit(t) > 1 else warps(x)
     launch(
-        _dilated_residual_backward_kernel, (n * division[0],), grad, x, mask, conv_weight, conv_bias,
-        output_weight.contiguous(), seed, gz, parts, *dropout_numbers, d, t // constants["UNIT"], *division,
-        PASSES=2 if split_products else 1, num_warps=num_warps, **stride, **constants,
+        _dilated_residual_backward_kernel, (n * tiles,), grad, x, mask, packed, conv_bias, seed, gc, hidden, gz,
+        *dropout_numbers, d, t // constants["UNIT"], tiles, num_warps=product_warps(x), **stride, **constants,
     )  # fmt: skip
-    launch_dilated_conv_backward(grad, mask, x, conv_weight, dilation, gz, None, grad_x, parts, division)
+    division = split(x, weights_frames(x), PROGRAMS // 2)
+    parts = x.new_empty(n * division[0], columns, dtype=torch.float32)
+    launch_dilated_conv_backward(
+        grad, mask, x, packed, MATRICES + 1, dilation, gz, None, None, grad_x, (gc, hidden), parts, division
+    )
     return grad_x, parts.sum(0)
 
 
@@ -273,7 +285,13 @@ OPERATOR = Operator(
     _dilated_residual_reference,
     _flops,
     Fused(
-        _forward, _backward, differentiable=(0, 2, 3, 4, 5), unpack=_unpack, unsupported=unsupported_frames
+        _forward,
+        _backward,
+        differentiable=(0, 2, 3, 4, 5),
+        saved=(1,),
+        kept=1,
+        unpack=_unpack,
+        unsupported=unsupported_frames,
     ),
     analytic=Fused(
         _analytic_forward, _analytic_backward, differentiable=(0, 2, 3, 4, 5), saved=(1, 2, 3), kept=3

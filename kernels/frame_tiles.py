@@ -140,6 +140,25 @@ def load_matrix(ptr, o_r, o_c, F, row, column, dtype: tl.constexpr):
 
 
 @device_function
+def store_packed(packed_ptr, weight, i, count, BF: tl.constexpr):
+    """Store [BF, BF] as number ``i`` of ``count`` packed matrices, and its transpose ``count`` behind it.
+
+    Loaded as they are, without masks and conversions, packed matrices go straight to shared memory.
+    """
+    o_f = tl.arange(0, BF)
+    packed_ptr += i * (BF * BF)
+    tl.store(packed_ptr + (o_f[:, None] * BF + o_f[None, :]), weight)
+    tl.store(packed_ptr + count * (BF * BF) + (o_f[None, :] * BF + o_f[:, None]), weight)
+
+
+@device_function
+def load_packed(packed_ptr, i: tl.constexpr, BF: tl.constexpr):
+    """One of the packed matrices [BF, BF]."""
+    o_f = tl.arange(0, BF)
+    return tl.load(packed_ptr + (i * (BF * BF) + o_f[:, None] * BF + o_f[None, :]))
+
+
+@device_function
 def store_matrix(ptr, x, o_r, o_c, F, row, column):
     """Store [BF, BF] as an (F, F) matrix with these strides."""
     inside = (o_r < F)[:, None] & (o_c < F)[None, :]

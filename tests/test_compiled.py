@@ -29,8 +29,8 @@ class Work:
 
 
 PRODUCT, ROWS, SUMS = Work(matrix=True, rows=True), Work(rows=True), Work()
-# Most accesses in the code of a program are those of a weight (F, F, 3) and its gradient, once each, with stride 3.
-DILATED = Work(matrix=True)
+# Most accesses in the code of a program are those of a gradient (F, F, 3), with stride 3, or of weights.
+WEIGHTS = Work(matrix=True)
 # Every operator's kernels, shared ones too.
 KERNELS = {
     "multiscale_graph_conv": {"multiscale_graph_conv": PRODUCT, "combine_parts": SUMS},
@@ -52,13 +52,23 @@ KERNELS = {
             ),
             PRODUCT,
         ),
-        **dict.fromkeys(("attention_conv", "attention_weights_backward", "dilated_conv_backward"), DILATED),
+        **dict.fromkeys(("attention_weights_backward", "dilated_conv_weights"), WEIGHTS),
+        **dict.fromkeys(("attention_conv", "dilated_conv_backward"), WEIGHTS),
         "attention_pack": SUMS,
     },
     "fusion_layer": dict.fromkeys(("fusion_layer_forward", "fusion_layer_backward"), PRODUCT),
-    "dilated_residual": dict.fromkeys(
-        ("dilated_residual_forward", "dilated_residual_backward", "dilated_conv_backward"), DILATED
-    ),
+    "dilated_residual": {
+        **dict.fromkeys(
+            (
+                "dilated_residual_forward",
+                "dilated_residual_backward",
+                "dilated_conv_backward",
+                "dilated_conv_weights",
+            ),
+            WEIGHTS,
+        ),
+        "dilated_residual_pack": SUMS,
+    },
     "class_loss": dict.fromkeys(
         (f"class_loss_{part}" for part in ("sums", "steps", "totals", "backward")), SUMS
     ),

@@ -29,10 +29,10 @@ pytest.importorskip("triton")
 
 # Triton kernels and calls of ATen, forward and backward.
 OPERATORS = {
-    "attention_layer": ((4, 1), (4, 3)),
+    "attention_layer": ((4, 1), (5, 3)),
     "boundary_loss": ((2, 0), (1, 0)),
     "class_loss": ((3, 0), (1, 0)),
-    "dilated_residual": ((1, 0), (2, 1)),
+    "dilated_residual": ((2, 0), (3, 1)),
     "dynamic_graph_conv": ((2, 2), (3, 7)),
     "fusion_layer": ((1, 0), (1, 1)),
     "masked_batch_norm": ((3, 1), (2, 5)),
@@ -84,6 +84,7 @@ def test_attention_layer_by_hand():
             "attention_output_backward",
             "attention_key_value_backward",
             "dilated_conv_backward",
+            "dilated_conv_weights",
             "attention_weights_backward",
         ),
         1,
