@@ -30,7 +30,6 @@ from .frame_tiles import (
     product_warps,
     sequence_and_part,
     store_frames,
-    store_gradients,
     store_matrix,
     tile_constants,
 )
@@ -168,12 +167,17 @@ def _dilated_conv_weights_kernel(
         gw = tl.dot(left, tl.trans(load_frames(right_ptr, o_f, t, F, T)), gw, input_precision=PRECISION)
         gb += tl.sum(left.to(tl.float32), 1)
     parts_ptr += tl.program_id(0).to(tl.int64) * COLUMNS
-    if j < 3:
-        store_matrix(parts_ptr + j, gw, o_f, o_f, F, 3 * F, 3)
-        # The frames of the middle tap are not shifted: none is left out.
-        tl.store(parts_ptr + 3 * F * F + o_f, gb, mask=(o_f < F) & (j == 1))
-    else:
-        store_gradients(parts_ptr + 3 * F * F + F, gw, gb, F * F, o_f, F)
+    # One store of each: Triton 3.7 fails where two branches use the sum.
+    square = j == 3
+    weight, row, column = (
+        tl.where(square, 3 * F * F + F, j),
+        tl.where(square, F, 3 * F),
+        tl.where(square, 1, 3),
+    )
+    store_matrix(parts_ptr + weight, gw, o_f, o_f, F, row, column)
+    bias = tl.where(square, 4 * F * F + F, 3 * F * F)
+    # The frames of the middle tap are not shifted: none is left out.
+    tl.store(parts_ptr + bias + o_f, gb, mask=(o_f < F) & ((j == 1) | square))
 
 
 def dilation_arguments(d: int) -> tuple[int, dict[str, int]]:
