@@ -145,12 +145,12 @@ class Code:
 
 @dataclass(frozen=True)
 class Job:
-    """The kernels of one operator to be compiled, by names of PRECISIONS, ARCHITECTURES, SIZES and VARIANTS."""
+    """The kernels of one operator to be compiled; names are those of PRECISIONS, ARCHITECTURES and VARIANTS."""
 
     operator: str
     precision: str
     arch: str
-    size: str = "published"
+    size: Size = SIZES["published"]
     variant: str = PLAIN
 
 
@@ -163,7 +163,7 @@ def launches(job: Job) -> list[Launch]:
     """What forward and backward of an operator launch on the job's architecture."""
     dtype, matmul = PRECISIONS[job.precision]
     changes = {} if job.variant == PLAIN else VARIANTS[job.operator][job.variant]
-    forms = [changed(form, changes) for form in make_case(job.operator, SIZES[job.size]).forms]
+    forms = [changed(form, changes) for form in make_case(job.operator, job.size).forms]
     narrow = {*operator(job.operator).triton.narrowed, *HALF_ARGUMENTS.get(job.operator, ())}
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(matmul)
@@ -218,7 +218,7 @@ def _facts(job: Job, launch: Launch, compiled: Any) -> Code:
         shared=compiled.metadata.shared,
         shared_limit=ARCHITECTURES[job.arch].shared_memory,
         triton=triton.__version__,
-        size=job.size,
+        size=next((name for name, size in SIZES.items() if size == job.size), str(job.size)),
         variant=job.variant,
         **read(compiled.asm),
     )
@@ -313,7 +313,7 @@ def all_jobs(
 ) -> list[Job]:
     """Return the jobs of these names, those of variants included unless ``plain``."""
     return [
-        Job(name, precision, arch, size, variant)
+        Job(name, precision, arch, SIZES[size], variant)
         for name in operators
         for precision in precisions
         for arch in archs
