@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .attention_layer import attention_layer
-from .backend import BACKENDS, BackendError, current_backend, use_backend
+from .backend import BACKENDS, BackendError, BackendWarning, current_backend, use_backend
 from .dilated_residual import dilated_residual
 from .dropout import channel_mask, dropout
 from .dynamic_graph_conv import dynamic_graph_conv
@@ -16,11 +16,13 @@ from .operator import Cost, Operator, check_mask, check_shapes, operator, operat
 from .pointwise import pointwise
 from .precision import wide_dtype, widened
 from .segment import pairwise_distance, segment_mean
+from .verification import verify_once
 
 __all__ = [
     "BACKENDS",
     "IGNORE",
     "BackendError",
+    "BackendWarning",
     "Cost",
     "Operator",
     "attention_layer",
@@ -45,6 +47,7 @@ __all__ = [
     "segment_mean",
     "synchronised_statistics",
     "use_backend",
+    "verify_once",
     "wide_dtype",
     "widened",
 ]

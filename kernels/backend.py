@@ -13,8 +13,8 @@ Every operator has up to four implementations of one function:
 ``triton``
     A fused GPU kernel, where one exists.
 
-``auto`` takes the Triton kernel where the operator has one, all its tensors are on a GPU and the kernel can take
-them; else the analytic passes, where the operator has them, they can take the tensors, and the code is not compiled; else
+``auto`` takes the Triton kernel where the operator has one, all its tensors are on a GPU, the kernel can take them and
+has passed its check there (:mod:`.verification`); else the analytic passes, where the operator has them, they can take the tensors, and the code is not compiled; else
 the reference. Only the reference can be differentiated twice: force it for second derivatives and for torch.func. A forced
 backend never falls back: where it cannot run, it raises :class:`BackendError`.
 
@@ -33,6 +33,10 @@ BACKENDS = ("auto", "reference", "recompute", "analytic", "triton")
 
 class BackendError(RuntimeError):
     """A backend was forced for an operator that cannot run on it."""
+
+
+class BackendWarning(UserWarning):
+    """``auto`` does not use an operator's Triton kernels; the message says why."""
 
 
 def checked_backend(name: str, source: str) -> str:

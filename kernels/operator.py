@@ -28,6 +28,7 @@ from torch.nn import Parameter
 from .backend import BackendError, checked_backend, current_backend
 from .launch import obstacle
 from .precision import autocast_dtype, without_autocast
+from .verification import verified
 
 _OPERATORS: dict[str, Operator] = {}
 
@@ -124,7 +125,7 @@ class Operator:
         if choice == "auto":
             if _is_transformed():
                 return "reference"
-            if self.triton and _first(args).is_cuda and self._obstacle(args) is None:
+            if self.triton and _on_gpu(args) and self._obstacle(args, automatic=True) is None:
                 return "triton"
             return "analytic" if self.analytic and self._analytic_obstacle(args) is None else "reference"
         if choice not in self.backends:
@@ -147,8 +148,8 @@ class Operator:
         obstacles = {"triton": self._obstacle, "analytic": self._analytic_obstacle}
         return obstacles[choice](args) if choice in obstacles else None
 
-    def _obstacle(self, args: Sequence[Any]) -> str | None:
-        """Why the Triton kernels cannot run with these arguments; None if they can."""
+    def _obstacle(self, args: Sequence[Any], automatic: bool = False) -> str | None:
+        """Why the Triton kernels cannot run, or may not if they are not forced, with these arguments; else None."""
         tensors = _tensors(args)
         narrow = autocast_dtype(tensors[0].device.type)
         dtypes = {
@@ -156,7 +157,10 @@ class Operator:
             for i, a in enumerate(args)
             if isinstance(a, Tensor) and a.is_floating_point()
         }
-        return obstacle(tensors, dtypes) or self.triton.unsupported(*args)
+        reason = obstacle(tensors, dtypes) or self.triton.unsupported(*args)
+        if reason is None and automatic and not verified(self.name, dtypes, tensors[0]):
+            return "they have not passed their check on this device"
+        return reason
 
     def _analytic_obstacle(self, args: Sequence[Any]) -> str | None:
         """Why the passes in PyTorch cannot run with these arguments; None if they can."""
@@ -477,6 +481,10 @@ def _analytic_obstacle(args: Sequence[Any]) -> str | None:
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
         return f"it has {', '.join(sorted(map(str, dtypes)))} tensors; it computes in float32 or float64, one of them"
     return None
+
+
+def _on_gpu(args: Sequence[Any]) -> bool:
+    return _first(args).is_cuda
 
 
 def _first(args: Sequence[Any]) -> Tensor:

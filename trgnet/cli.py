@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, data_commands, text_commands
+from . import __version__, data_commands, text_commands, verify_command
 from .errors import DataWarning, UserError, reading
 
 # torch takes seconds to import: every command imports what it needs itself, so that --help answers at once.
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from .predictor import Prediction, Predictor
     from .runs import Run
 
-Command = Callable[[argparse.Namespace], None]
+Command = Callable[[argparse.Namespace], "int | None"]
+"""Returns the exit code; None is 0."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with reading("operators"):  # importing them reads TRGNET_BACKEND
             kernels = import_module("trgnet.kernels")
         try:
-            with _warnings_as_lines():
-                options.command(options)
+            with _warnings_as_lines(DataWarning, kernels.BackendWarning):
+                return options.command(options) or 0
         except kernels.BackendError as error:
             raise UserError(str(error)) from error
     except BrokenPipeError:  # whoever was reading has seen enough, as head has
@@ -50,18 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"trgnet: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 128 + getattr(interrupt, "signal", signal.SIGINT)
-    return 0
 
 
 @contextmanager
-def _warnings_as_lines() -> Iterator[None]:
-    """Shows what is odd about the data as a line, without the place in the program that noticed it."""
+def _warnings_as_lines(*kinds: type[Warning]) -> Iterator[None]:
+    """Show warnings about the data and the machine as lines, without the place in the program that noticed it."""
     with warnings.catch_warnings():
-        warnings.simplefilter("always", DataWarning)
+        for kind in kinds:
+            warnings.simplefilter("always", kind)
         show = warnings.showwarning
 
         def line(message: Warning | str, category: type[Warning], *where: Any, **file: Any) -> None:
-            if issubclass(category, DataWarning):
+            if issubclass(category, kinds):
                 print(f"trgnet: warning: {message}", file=sys.stderr)
             else:
                 show(message, category, *where, **file)
@@ -187,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
 
     data_commands.add_commands(commands, _command)
     text_commands.add_commands(commands, _command)
+    verify_command.add_command(commands, _command)
     _command(commands, "info", _info, "show versions, devices and the operators' backends")
     return parser
 
@@ -357,6 +359,7 @@ def _info(options: argparse.Namespace) -> None:
     from rich.table import Table
 
     from trgnet.kernels import BACKENDS, current_backend, operator_table
+    from trgnet.kernels.verification import cache_folder
 
     from .evaluation import print_table
     from .versions import versions
@@ -368,9 +371,12 @@ def _info(options: argparse.Namespace) -> None:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         table.add_row(f"GPU {index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+        table.add_row("", f"kernels: {verify_command.summary(torch.device('cuda', index))}")
     if not torch.cuda.is_available():
         table.add_row("GPU", "none")
     table.add_row("TRGNET_BACKEND", os.environ.get("TRGNET_BACKEND", f"not set ({current_backend()})"))
+    table.add_row("TRGNET_VERIFY", os.environ.get("TRGNET_VERIFY", "not set (1)"))
+    table.add_row("TRGNET_CACHE", os.environ.get("TRGNET_CACHE", f"not set ({cache_folder()})"))
 
     operators = Table(title="Operators and the backends they can run on", title_justify="left")
     columns = [backend for backend in BACKENDS if backend != "auto"]
