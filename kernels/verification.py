@@ -46,7 +46,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .backend import BackendWarning, current_backend
-from .launch import exact_float32, interpreted, target_of, triton
+from .launch import exact_float32, target_of, triton
 
 CHECK = (sys.executable, "-m", "trgnet.kernels.self_check")
 """The program that checks; the device and a file descriptor follow."""
@@ -170,6 +170,11 @@ def verified(name: str, dtypes: Iterable[torch.dtype], like: Tensor) -> bool:
     return trusted
 
 
+def auto_verified(name: str, tensors: Sequence[Tensor]) -> bool:
+    """Return whether an operator's kernels may run on these tensors, unless a backend is forced."""
+    return current_backend() != "auto" or verified(name, {t.dtype for t in tensors}, tensors[0])
+
+
 def _precision(dtype: str) -> str:
     """The precision that kernels compute in for tensors of a dtype, by torch's settings as they are now."""
     return "tf32" if dtype == "float32" and not exact_float32() else dtype
@@ -224,15 +229,18 @@ def verify_once(device: torch.device | str, *dtypes: torch.dtype) -> None:
     """Check the kernels on a GPU for tensors of these dtypes, unless that was done before on such a machine.
 
     Args:
-        device: nothing is done for a CPU without Triton's interpreter, and nothing where a backend is forced.
+        device: nothing is done for a CPU, and nothing where a backend is forced.
         dtypes: float32 (the default; in the precision that torch's settings give its products now), bfloat16, float16.
     """
     device = torch.empty(0, device=device).device  # with its index
-    runs_kernels = triton is not None and (device.type == "cuda" or interpreted())
-    if not runs_kernels or switched_off() or current_backend() != "auto":
+    if triton is None or not _is_gpu(device) or switched_off() or current_backend() != "auto":
         return
     for dtype in dtypes or (torch.float32,):
         _verify(device, _precision(str(dtype).removeprefix("torch.")))
+
+
+def _is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _verify(device: torch.device, precision: str) -> None:
@@ -320,9 +328,9 @@ class Verdicts:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             findings = [Finding(**entry) for entry in content["findings"]]
-        except FileNotFoundError:
+        except OSError:  # none yet, or no such folder: writing it says so
             return {}
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             _tell("broken cache", f"cannot read {self.path} ({error}): the Triton kernels are checked anew")
             return {}
         return {(f.operator, f.precision): f for f in findings}
@@ -331,13 +339,11 @@ class Verdicts:
         """Store findings in the place of earlier ones; what could not be checked is not stored."""
         stored = self.read() | {(f.operator, f.precision): f for f in findings if f.verdict != "unknown"}
         content = {"subject": asdict(self.subject), "findings": [asdict(f) for f in stored.values()]}
+        partial = self.path.with_name(f".{self.path.name}-{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", dir=self.path.parent, delete=False, encoding="utf-8"
-            ) as file:
-                json.dump(content, file, indent=1)
-            os.replace(file.name, self.path)
+            partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            os.replace(partial, self.path)  # a reader never sees half of it
         except OSError as error:
             self._not_writable(error)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from trgnet.kernels.moment_update import fused_obstacle
+from trgnet.kernels.verification import auto_verified
 
 from .exponent import ExponentSchedule
 from .lcam import LCAM
@@ -112,7 +113,8 @@ def _moment_optimizer(
     groups = params if isinstance(params[0], dict) else [{"params": params}]
     # A schedule computes with the number that it finds under "initial_lr"; "lr" becomes a tensor.
     groups = [{"initial_lr": group.get("lr", lr), **group} for group in groups]
-    fused = fused_obstacle(_tensors(params)) is None
+    tensors = _tensors(params)
+    fused = fused_obstacle(tensors) is None and auto_verified("moment_update", tensors)
     return kind(groups, lr=lr, capturable=True, fused=fused, foreach=not fused, **options)
 
 

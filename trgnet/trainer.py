@@ -43,6 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
+from trgnet.kernels import verify_once
 from trgnet.optimizers import (
     LCAM,
     SCHEDULES_OF_ALL_STEPS,
@@ -105,6 +106,9 @@ OF_AN_EPOCH = (
     "train.batch_size", "train.accumulate", "train.drop_last", "train.length_sorted", ALLOWABLE_PROCESSES,
 )  # fmt: skip
 """What divides an epoch into steps, and so can change between two epochs only."""
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Setting of `train.precision` -> what autocast converts to."""
 
 REMEDIES = (
     "look at these recordings, lower optimizer.lr, set train.clip_norm=1, or use train.precision=fp32; "
@@ -222,6 +226,8 @@ class Trainer:
         if settings.precision == "fp16" and self.device.type == "cpu":
             raise UserError("train.precision=fp16 needs a GPU; on a CPU use train.precision=bf16 or fp32")
         check_graphs(settings, self.device, self.processes)
+        half = AUTOCAST[settings.precision]
+        verify_once(self.device, torch.float32, *([half] if half else []))
         split = split_dataset(dataset, config)
         self.parts = {"validation": split.validation, "test": split.test}
         self.parts = {part: recordings for part, recordings in self.parts.items() if recordings}
@@ -537,7 +543,7 @@ class Trainer:
             )
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.train.precision]
+        dtype = AUTOCAST[self.config.train.precision]
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
     # Scores

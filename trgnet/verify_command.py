@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
     from rich.table import Table
+
     from trgnet.kernels.verification import Finding, Subject
 
 
@@ -46,6 +47,7 @@ def add_command(
 
 def _verify(options: argparse.Namespace) -> int:
     from rich.console import Console
+
     from trgnet.kernels import verification
 
     console = Console()
@@ -72,9 +74,8 @@ def _verify(options: argparse.Namespace) -> int:
 def _device(name: str) -> torch.device | None:
     """The device to check; None if there is nothing to check."""
     import torch
-    from trgnet.kernels.launch import interpreted, triton
 
-    from .predictor import pick_device
+    from trgnet.kernels.launch import interpreted, triton
 
     if triton is None:
         raise UserError(
@@ -84,12 +85,15 @@ def _device(name: str) -> torch.device | None:
         return torch.device("cpu")
     if name == "cuda" and not torch.cuda.is_available():
         return None
-    device = pick_device(name, option="--device")
+    try:
+        device = torch.empty(0, device=name).device  # with its index
+    except (RuntimeError, AssertionError) as error:  # no such device
+        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
     if device.type != "cuda":
         raise UserError(
             f"--device {name}: only a GPU runs Triton kernels; choose cuda, or set TRITON_INTERPRET=1"
         )
-    return torch.empty(0, device=device).device  # with its index
+    return device
 
 
 def _chosen(option: str, given: Sequence[str] | None, known: Sequence[str]) -> list[str]:
@@ -118,11 +122,12 @@ def _findings(jobs: Sequence[tuple[str, str]], device: torch.device, console: Co
 
 
 def _print(findings: Iterable[Finding], subject: Subject, device: torch.device, console: Console) -> None:
-    from .evaluation import print_table
-
     clock = "device time" if device.type == "cuda" else "host time"
     console.print(f"{subject.gpu}, torch {subject.torch}, triton {subject.triton}", highlight=False)
-    print_table(console, _table(findings, clock))
+    console.print(
+        f"Errors relative to what is allowed; forward and backward in ms of {clock}", highlight=False
+    )
+    console.print(_table(findings))
     for finding in findings:
         if finding.verdict != "passed":
             console.print(
@@ -130,16 +135,11 @@ def _print(findings: Iterable[Finding], subject: Subject, device: torch.device, 
             )
 
 
-def _table(findings: Iterable[Finding], clock: str) -> Table:
+def _table(findings: Iterable[Finding]) -> Table:
     from rich.table import Table
 
-    table = Table(
-        title=f"Triton kernels against the reference; forward and backward in ms, {clock}",
-        title_justify="left",
-    )
-    table.add_column("operator")
-    table.add_column("precision")
-    for column in ("error /\nallowed", "kernels", "PyTorch"):
+    table = Table("operator", "precision")
+    for column in ("error", "kernels", "PyTorch"):
         table.add_column(column, justify="right")
     table.add_column("verdict")
     for finding in findings:
@@ -150,7 +150,7 @@ def _table(findings: Iterable[Finding], clock: str) -> Table:
 
 
 def _write_report(path: Path, findings: Iterable[Finding], subject: Subject) -> None:
-    from .runs import versions
+    from .versions import versions
 
     write_json(
         path,
