@@ -25,7 +25,6 @@ import hashlib
 import json
 import logging
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .backend import BackendWarning, current_backend
-from .launch import exact_float32, target_of, triton
+from .launch import exact_float32, obstacle, target_of, triton
 
 CHECK = (sys.executable, "-m", "trgnet.kernels.self_check")
 """The program that checks; the device and a file descriptor follow."""
+START_SECONDS = 300.0
+"""Limit of a process's start, which imports torch."""
 JOB_SECONDS = 300.0
 """Limit of one operator in one precision, compilation included."""
 WAIT_SECONDS = 600.0
@@ -229,18 +231,18 @@ def verify_once(device: torch.device | str, *dtypes: torch.dtype) -> None:
     """Check the kernels on a GPU for tensors of these dtypes, unless that was done before on such a machine.
 
     Args:
-        device: nothing is done for a CPU, and nothing where a backend is forced.
+        device: nothing is done if it runs no Triton kernels, or if a backend is forced.
         dtypes: float32 (the default; in the precision that torch's settings give its products now), bfloat16, float16.
     """
-    device = torch.empty(0, device=device).device  # with its index
-    if triton is None or not _is_gpu(device) or switched_off() or current_backend() != "auto":
+    like = torch.empty(0, device=device)
+    if not _runs_kernels(like) or switched_off() or current_backend() != "auto":
         return
     for dtype in dtypes or (torch.float32,):
-        _verify(device, _precision(str(dtype).removeprefix("torch.")))
+        _verify(like.device, _precision(str(dtype).removeprefix("torch.")))
 
 
-def _is_gpu(device: torch.device) -> bool:
-    return device.type == "cuda"
+def _runs_kernels(like: Tensor) -> bool:
+    return like.is_cuda and obstacle([like], {like.dtype}) is None
 
 
 def _verify(device: torch.device, precision: str) -> None:
@@ -295,12 +297,6 @@ def _tell(what: str, message: str) -> None:
     if what not in _told:
         _told.add(what)
         warnings.warn(message, BackendWarning, stacklevel=2)
-
-
-def forget() -> None:
-    """Forget what this process knows of verdicts and has warned of; the cache stays."""
-    _trusted.clear()
-    _told.clear()
 
 
 # The cache.
@@ -398,13 +394,12 @@ class _Process:
         CannotCheck: the process cannot be started.
     """
 
-    def __init__(self, device: torch.device, folder: Path, limit: float) -> None:
+    def __init__(self, device: torch.device, folder: Path) -> None:
         self.job: dict[str, str] | None = None
         self.ready = False
         self.ended = False
         """Whether it is of no use any more."""
-        self.limit = limit
-        self.deadline = time.monotonic() + limit
+        self._set_limit(START_SECONDS)
         self.replies, writing = os.pipe()
         self._line = b""
         self._output = tempfile.NamedTemporaryFile(dir=folder, delete=False)
@@ -436,9 +431,13 @@ class _Process:
     def overdue(self) -> bool:
         return self.deadline <= time.monotonic()
 
-    def give(self, job: dict[str, str]) -> None:
+    def _set_limit(self, seconds: float) -> None:
+        self._seconds, self.deadline = seconds, time.monotonic() + seconds
+
+    def give(self, job: dict[str, str], seconds: float) -> None:
         """Start a job. A process that has died is noticed when its reply is read."""
-        self.job, self.deadline = job, time.monotonic() + self.limit
+        self.job = job
+        self._set_limit(seconds)
         with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(job).encode() + b"\n")
             self._process.stdin.flush()
@@ -452,7 +451,7 @@ class _Process:
         Raises:
             CannotCheck: it ended before it was ready for a job.
         """
-        if select.select([self.replies], [], [], 0)[0]:
+        if wait([self.replies], timeout=0):
             data = os.read(self.replies, 65536)
             self._line += data
             if self._line.endswith(b"\n"):
@@ -461,7 +460,7 @@ class _Process:
                 return None
             how = self._ending()
         elif self.overdue:
-            how = f"it did not end within {self.limit:.0f} s"
+            how = f"it did not end within {self._seconds:.0f} s"
         else:
             return None
         self.ended = True
@@ -522,9 +521,8 @@ def check(
         device: a GPU, or the CPU for Triton's interpreter.
         task: "check" compares with the reference, "time" measures both.
         processes: at the same time.
-        seconds: limit of one job.
+        seconds: limit of one job (default: ``JOB_SECONDS``).
     """
-    limit = JOB_SECONDS if seconds is None else seconds
     waiting = deque({"task": task, "operator": name, "precision": precision} for name, precision in jobs)
     running: list[_Process] = []
     processes = min(len(jobs), processes or max(1, min(MOST_PROCESSES, _cores() // 2)))
@@ -532,10 +530,10 @@ def check(
         try:
             while waiting or any(process.job for process in running):
                 while waiting and len(running) < processes:
-                    running.append(_Process(device, Path(folder), limit))
+                    running.append(_Process(device, Path(folder)))
                 for process in running:
                     if process.ready and process.job is None and waiting:
-                        process.give(waiting.popleft())
+                        process.give(waiting.popleft(), seconds or JOB_SECONDS)
                 for process in _with_news(running):
                     finding = process.news()
                     if finding is not None:
@@ -555,7 +553,7 @@ def _with_news(running: Sequence[_Process]) -> list[_Process]:
     """Wait for processes that have replied, have ended or are overdue."""
     expected = [process for process in running if process.job or not process.ready]
     pause = max(0.0, min(process.deadline for process in expected) - time.monotonic())
-    readable, _, _ = select.select([process.replies for process in running], [], [], pause)
+    readable = wait([process.replies for process in running], timeout=pause)
     return [p for p in running if p.replies in readable or (p in expected and p.overdue)]
 
 

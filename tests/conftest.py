@@ -11,6 +11,9 @@ import torch
 if not torch.cuda.is_available():  # read when the kernels are declared: before trgnet is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Tests of kernels compare with the reference themselves.
+os.environ.setdefault("TRGNET_VERIFY", "0")
+
 from rich.console import Console
 
 from trgnet.config import Config, load_config

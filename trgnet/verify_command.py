@@ -51,13 +51,9 @@ def _verify(options: argparse.Namespace) -> int:
     from trgnet.kernels import verification
 
     console = Console()
-    device = _device(options.device)
-    if device is None:
-        console.print(
-            "Nothing to verify: there is no GPU here, and CPUs do not run Triton kernels. "
-            "TRITON_INTERPRET=1 trgnet verify checks the kernels under Triton's interpreter.",
-            highlight=False,
-        )
+    device, reason = _device(options.device)
+    if reason:
+        console.print(f"Nothing to verify, the reference runs here: {reason}", highlight=False, markup=False)
         return 0
     operators = _chosen("--operator", options.operator, verification.checked_operators())
     precisions = _chosen("--precision", options.precision, verification.precisions_of(device))
@@ -71,29 +67,19 @@ def _verify(options: argparse.Namespace) -> int:
     return int(any(finding.verdict != "passed" for finding in findings))
 
 
-def _device(name: str) -> torch.device | None:
-    """The device to check; None if there is nothing to check."""
+def _device(name: str) -> tuple[torch.device, str | None]:
+    """The device to check, and why it runs no kernels; None if it does."""
     import torch
 
-    from trgnet.kernels.launch import interpreted, triton
+    from trgnet.kernels.launch import interpreted, obstacle
 
-    if triton is None:
-        raise UserError(
-            "Triton is not installed, so there are no kernels to verify; every operator runs on PyTorch"
-        )
-    if interpreted():
-        return torch.device("cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        return None
+    if interpreted() or (name == "cuda" and not torch.cuda.is_available()):
+        name = "cpu"
     try:
-        device = torch.empty(0, device=name).device  # with its index
+        like = torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # no such device
         raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
-    if device.type != "cuda":
-        raise UserError(
-            f"--device {name}: only a GPU runs Triton kernels; choose cuda, or set TRITON_INTERPRET=1"
-        )
-    return device
+    return like.device, obstacle([like], {like.dtype})
 
 
 def _chosen(option: str, given: Sequence[str] | None, known: Sequence[str]) -> list[str]:
@@ -165,8 +151,11 @@ def _write_report(path: Path, findings: Iterable[Finding], subject: Subject) -> 
 
 def summary(device: torch.device) -> str:
     """Return what is known about the kernels on a device, in one line."""
+    from trgnet.kernels.launch import triton
     from trgnet.kernels.verification import Verdicts, precisions_of, subject_of
 
+    if triton is None:
+        return "Triton is not installed"
     known = Verdicts(subject_of(device)).read()
     parts = []
     for precision in precisions_of(device):
