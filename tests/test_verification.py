@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from trgnet.kernels import BackendWarning, operator, self_check, use_backend, verification
 from trgnet.kernels.examples import Size, example, forms
 from trgnet.kernels.verification import Finding, Verdicts, checked_operators, subject_of
+from trgnet.optimizers import builders
 
 from trgnet import cli, trainer
 
@@ -344,6 +346,17 @@ def test_a_training_verifies_before_it_builds_anything(tiny, silent, monkeypatch
     with pytest.raises(InterruptedError):
         trainer.train(tiny("train.precision=bf16"), out=tmp_path / "run", console=silent)
     assert asked == [("cpu", (torch.float32, torch.bfloat16))]
+
+
+@pytest.mark.parametrize("verdict", ["passed", "failed"])
+def test_an_optimizer_is_fused_where_its_kernel_passed(verdict: str, monkeypatch):
+    monkeypatch.setattr(builders, "_on_gpu", lambda params: True)
+    stored(Finding("moment_update", "float32", verdict, what="wrong"))
+    parameter = torch.nn.Parameter(torch.ones(3, device=DEVICE))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BackendWarning)
+        optimizer = builders.build_optimizer([parameter], name="lcam", lr=0.1)
+    assert optimizer.defaults["fused"] == (verdict == "passed")
 
 
 def verify(capsys: pytest.CaptureFixture[str], out: Path, *arguments: str) -> tuple[int, str]:
