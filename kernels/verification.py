@@ -3,7 +3,8 @@
 What a compiler makes of a kernel depends on the GPU and on the version of Triton. So the first time that ``auto`` needs
 kernels on a GPU model in some precision, it checks every operator against its reference (:mod:`.self_check`) and keeps
 the verdicts in the user's cache. A new GPU model, driver, Triton, PyTorch, or a changed kernel is checked anew. An
-operator that failed in a precision runs on the reference there, and a warning says so once in every process.
+operator that failed in a precision runs on the reference there, and a warning says so once in every process. The check
+takes the published network's joints and features, and short sequences; networks of other sizes go by its verdict.
 
 The check runs in processes of its own: a crash or a hang there is a finding. Several processes that start together,
 as in distributed training, check once: the first one does, the others wait.
