@@ -4,6 +4,8 @@
 # make bench   time everything beside the published formulation, print the tables, store and draw them
 # make compiled   print what the Triton kernels compile to for GPUs that need not be there
 #                 (TRITON="3.6.0 3.9.0" for other releases than the installed one)
+# make gpu     check and time everything on a GPU, within nine minutes; needs torch, triton, numpy and einops only
+#                 (ARGS="--help" says more)
 # make clean   remove the virtual environment and everything that was built (runs/ stays)
 #
 # PYTHON chooses the interpreter that the virtual environment is made with: make PYTHON=python3.12 test
@@ -17,7 +19,7 @@ SOURCES := setup.py pyproject.toml constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := train
-.PHONY: train test test-all bench compiled clean
+.PHONY: train test test-all bench compiled gpu clean
 
 train: $(VENV)/installed
 	$(BIN)/trgnet train $(ARGS)
@@ -38,6 +40,10 @@ compiled: $(VENV)/installed
 	@set -e; for release in $(or $(TRITON),installed); do \
 	    PYTHONPATH=$(VENV)/triton-$$release $(BIN)/python -m bench.compiled $(ARGS); \
 	done
+
+# Without an installation: machines that are lent by the minute have torch already.
+gpu:
+	$(if $(wildcard $(VENV)/installed),$(BIN)/python,$(PYTHON)) -m bench.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache

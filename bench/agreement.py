@@ -15,7 +15,7 @@ from statistics import median
 
 from torch import Tensor
 
-ROUNDING = {"float32": 2.0**-23, "bfloat16": 2.0**-8}
+ROUNDING = {"float32": 2.0**-23, "tf32": 2.0**-11, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 Results = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
 """Named values and named gradients."""

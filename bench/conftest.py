@@ -11,7 +11,7 @@ from trgnet.versions import versions
 
 from . import device
 from .measure import Deadline, Measure
-from .providers import PRECISIONS, PROVIDERS
+from .providers import PRECISIONS, PROVIDERS, allow_tf32
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,6 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
     unknown = set(named.split(",") if named else ()) - set(PROVIDERS)
     if unknown:
         raise pytest.UsageError(f"--providers: got {sorted(unknown)}, expected some of {','.join(PROVIDERS)}")
+    allow_tf32(False)
     config.stash[_DEADLINE] = Deadline(config.getoption("--limit", default=None))
 
 

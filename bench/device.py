@@ -67,6 +67,18 @@ def peak_memory(function: Callable[[], object]) -> int:
     return peak
 
 
+def kernels(function: Callable[[], object], calls: int = 1) -> list[tuple[str, int, float]]:
+    """Kernels and copies that calls start: name, number and seconds of one call, the longest first. On a CPU, operations."""
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CUDA if ON_GPU else activity.CPU]) as profile:
+        for _ in range(calls):
+            function()
+        synchronize()
+    attribute = "self_device_time_total" if ON_GPU else "self_cpu_time_total"
+    rows = [(e.key, e.count / calls, getattr(e, attribute) / 1e6 / calls) for e in profile.key_averages()]
+    return sorted((row for row in rows if row[2] > 0), key=lambda row: -row[2])
+
+
 def free_memory() -> int:
     """Bytes that can be had without swapping."""
     if ON_GPU:
@@ -89,8 +101,8 @@ def copy_bandwidth() -> float:
 
 @lru_cache
 def matrix_rate(precision: str) -> float:
-    """FLOP per second of a large matrix product in a precision of :data:`bench.providers.PRECISIONS`."""
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    """FLOP per second of a large matrix product in a precision; float32 by the settings of the process."""
+    dtype = getattr(torch, precision, torch.float32)
     a, b = (torch.randn(EDGE, EDGE, device=DEVICE).to(dtype) for _ in range(2))
     return 2 * EDGE**3 / _median_time(lambda: a @ b)
 

@@ -20,7 +20,7 @@ from trgnet.kernels.examples import HALF_ARGUMENTS, Size, changed, example
 from . import published
 from .agreement import Results
 from .device import DEVICE, ON_GPU
-from .providers import BACKENDS, compiled, precision_of
+from .providers import AUTOCAST, BACKENDS, compiled, precision_of
 
 OPERATORS = (
     "multiscale_graph_conv",
@@ -120,9 +120,10 @@ class Call:
         args = [
             0.0 if i - len(case.args) in case.dropout and not dropout else a for i, a in enumerate(case.args)
         ]
+        self.name = name
         self.swapped = case.swapped if provider == "published" else ()
         self.precision = precision
-        narrow = HALF_ARGUMENTS.get(name, ()) if precision == "bfloat16" else ()
+        narrow = HALF_ARGUMENTS.get(name, ()) if precision in AUTOCAST else ()
         self.args = [
             _leaf(a.mT if i in self.swapped else a, _dtype(precision, i in narrow))
             if isinstance(a, Tensor)
@@ -160,7 +161,8 @@ class Call:
     def _output_gradient(self, output: Tensor) -> Tensor:
         """The same numbers for every provider."""
         shape = self._in_operator_layout(output).shape
-        gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(output)
+        generator = torch.Generator(DEVICE).manual_seed(1)
+        gradient = torch.randn(shape, generator=generator, device=DEVICE).to(output)
         return self._in_operator_layout(gradient).contiguous()  # swapping is its own inverse
 
     def _in_operator_layout(self, output: Tensor) -> Tensor:
@@ -185,7 +187,7 @@ def _function(name: str, case: Case, provider: str) -> Callable[..., Any]:
 def _dtype(precision: str, narrow: bool) -> torch.dtype:
     if precision == "float64":
         return torch.float64
-    return torch.bfloat16 if narrow else torch.float32
+    return AUTOCAST[precision] if narrow else torch.float32
 
 
 def _leaf(a: Tensor, dtype: torch.dtype) -> Tensor:

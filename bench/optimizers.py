@@ -16,7 +16,7 @@ from trgnet.optimizers import LCAM, SMES, GatedSMES
 from trgnet import TRGNet
 from trgnet.skeleton import SKELETONS
 
-from .device import DEVICE, ON_GPU
+from .device import DEVICE, ON_GPU, synchronize
 
 LOSS_GATED = (LCAM, GatedSMES)
 Make = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -99,19 +99,11 @@ def agree(family: str, name: str) -> None:
         torch.testing.assert_close(got, expected, rtol=2e-6, atol=2e-6)
 
 
-def launches(step: Callable[[], None]) -> int:
-    """Kernels that one step starts."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
-
-
 def host_time(step: Callable[[], None]) -> float:
     """Seconds until a step returns."""
     times = []
     for _ in range(20):
-        torch.cuda.synchronize()
+        synchronize()
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)

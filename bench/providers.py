@@ -19,9 +19,19 @@ PRECISIONS = ("float32", "bfloat16") if ON_GPU else ("float32",)
 """float32 does without tf32; bfloat16 is autocast, of float32 parameters."""
 
 
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Precisions that autocast narrows float32 to."""
+
+
 def precision_of(name: str) -> torch.autocast:
-    """Operations in the block run in one of PRECISIONS, or in "float64" if their tensors do."""
-    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=name == "bfloat16")
+    """Operations in the block run in a precision; whether float32 is tf32 is :func:`allow_tf32`'s."""
+    return torch.autocast(DEVICE.type, AUTOCAST.get(name, torch.bfloat16), enabled=name in AUTOCAST)
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether products and convolutions of float32 may use tf32, in the whole process."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed  # True by default, unlike that of products
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -37,6 +37,7 @@ class Network:
         size: N, C, V, T, K and the embedding width; V is that of a skeleton in SKELETON_OF.
         precision: as for :func:`bench.providers.precision_of`, or "float64".
         dropout: whether the layers drop anything.
+        capturable: whether the optimizer can be recorded into a CUDA graph.
         training: whether it is to be trained; otherwise there are no dropout, gradients and optimizer.
     """
 
@@ -48,6 +49,7 @@ class Network:
         *,
         dropout: bool = True,
         training: bool = True,
+        capturable: bool = False,
     ) -> None:
         torch.manual_seed(0)
         self.provider, self.precision, self.training = provider, precision, training
@@ -69,7 +71,8 @@ class Network:
         self.criterion = TRGLoss(prior, pos_weight=POS_WEIGHT).to(DEVICE, dtype)
         if training:
             fused = provider != "published"  # as trgnet's trainer
-            self.optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-3, fused=fused)
+            parameters = self.network.parameters()
+            self.optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=fused, capturable=capturable)
 
     @property
     def shape(self) -> dict[str, int]:
@@ -77,11 +80,12 @@ class Network:
         n, c, v, t = self.batch.x.shape
         return {"n": n, "c": c, "v": v, "t": t, "k": self.classes, "segments": len(self.batch.segments)}
 
-    def step(self) -> None:
-        """The whole training step."""
+    def step(self) -> dict[str, Tensor]:
+        """Do the whole training step and return the terms of the loss."""
         self.optimizer.zero_grad()
-        self.backward()
+        terms = self.backward()
         self.optimizer.step()
+        return terms
 
     def backward(self) -> dict[str, Tensor]:
         """Accumulate the gradients and return the terms of the loss."""

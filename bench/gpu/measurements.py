@@ -1,0 +1,355 @@
+"""What the items do: generators that yield results as they come, so that a crash loses the last one only.
+
+A result that is wrong is an AssertionError, as in :mod:`bench.agreement`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import Tensor
+from trgnet.kernels import operator
+from trgnet.kernels.launch import interpreted
+
+from trgnet.step_graphs import CudaCapture
+
+from .. import device, optimizers
+from ..agreement import ROUNDING, Results, assert_as_good
+from ..device import DEVICE, ON_GPU, kernels
+from ..operators import MADE_NARROW, Call, Case, Size, cost_of, make_case
+from ..providers import AUTOCAST, allow_tf32, precision_of
+from ..step import Network
+from .processes import Skipped
+
+Values = Iterator[dict[str, Any]]
+PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
+ROUNDS_ON_DEVICE = 5
+TOP_KERNELS = 40
+
+
+def use(precision: str) -> None:
+    """Set what float32 products may do; half precision trains with tf32 beside it."""
+    allow_tf32(precision != "float32")
+
+
+def facts() -> Values:
+    """The machine, the software, the commit, and what the device can do at most."""
+    known = device.facts() | device.run_facts()
+    known |= {"python": platform.python_version(), "cores": os.cpu_count(), "cuda": torch.version.cuda}
+    known["memory_bytes"] = (
+        torch.cuda.get_device_properties(DEVICE).total_memory if ON_GPU else device.free_memory()
+    )
+    yield known
+    yield {"copy_bandwidth": device.copy_bandwidth()}
+    rates = {}
+    for precision in PRECISIONS if ON_GPU else PRECISIONS[:1]:
+        use(precision)
+        rates[precision] = device.matrix_rate(precision)
+    yield {"matrix_rate": rates}
+
+
+# Values
+
+
+def values(name: str, precision: str, sizes: list[dict[str, int]]) -> Values:
+    """Errors of an operator's kernels and of plain PyTorch, as shares of the largest value, at every size and form."""
+    _need_kernels(precision)
+    use(precision)
+    worst = {"error": 0.0, "plain_error": 0.0, "checks": 0}
+    for size in sizes:
+        for what, case, real in _forms(name, Size(**size)):
+            yield {"at": what}
+            got, plain, true = (
+                _results(Call(name, case, backend, how, dropout=True), real)
+                for backend, how in (
+                    ("triton", precision),
+                    ("reference", precision),
+                    ("reference", "float64"),
+                )
+            )
+            again = _results(Call(name, case, "triton", precision, dropout=True), real)
+            worst["error"] = max(worst["error"], _error(got, true))
+            worst["plain_error"] = max(worst["plain_error"], _error(plain, true))
+            worst["checks"] += 1
+            yield dict(worst)
+            assert_as_good(got, plain, true, ROUNDING[precision], what)
+            _assert_repeats(got, again, what)
+    yield {"repeats": True}
+
+
+def moment_update_values(precision: str) -> Values:
+    """The same of the kernel that updates parameters and moments."""
+    _need_kernels(precision)
+    got, plain, true = (
+        _moment_update(backend, dtype)
+        for backend, dtype in (
+            ("triton", AUTOCAST.get(precision, torch.float32)),
+            ("reference", AUTOCAST.get(precision, torch.float32)),
+            ("reference", torch.float64),
+        )
+    )
+    yield {"error": _error(got, true), "plain_error": _error(plain, true), "checks": 1}
+    assert_as_good(got, plain, true, ROUNDING[precision], "moment_update")
+    _assert_repeats(got, _moment_update("triton", AUTOCAST.get(precision, torch.float32)), "moment_update")
+    yield {"repeats": True}
+
+
+def sanitize(name: str, precision: str, size: dict[str, int]) -> Values:
+    """Run the kernels of an operator once, under compute-sanitizer."""
+    _need_kernels(precision)
+    use(precision)
+    if name == "moment_update":
+        _moment_update("triton", torch.float32)
+    else:
+        for what, case, real in _forms(name, Size(**size)):
+            yield {"at": what}
+            _results(Call(name, case, "triton", precision, dropout=True), real)
+    device.synchronize()
+
+
+def no_sanitizer() -> Values:
+    """Say that there is none."""
+    raise Skipped("compute-sanitizer is not found; it comes with the CUDA toolkit")
+
+
+def _need_kernels(precision: str) -> None:
+    if not ON_GPU and not interpreted():
+        raise Skipped("kernels run on a GPU, or on a CPU with TRITON_INTERPRET=1")
+    if not ON_GPU and precision in ("tf32", "bfloat16"):
+        raise Skipped("Triton's interpreter does not compute in it")
+
+
+def _forms(name: str, size: Size) -> Iterator[tuple[str, Case, Tensor | None]]:
+    """Each form of an operator's arguments, whole and with padding: what it is, the arguments, and the valid frames."""
+    case = make_case(name, size)
+    for i, form in enumerate(case.forms):
+        what = f"{name}, N={size.n} V={size.v} F={size.f} T={size.t}, form {i}"
+        yield what, replace(case, args=form), None
+        position = next((j for j, a in enumerate(form) if getattr(a, "dtype", None) is torch.bool), None)
+        if position is not None and size.t > 1 and size.n > 1:
+            valid = _valid_frames(size)
+            args = [_with_padding(a, valid) if isinstance(a, Tensor) else a for a in form]
+            args[position] = valid
+            yield f"{what}, padded", replace(case, args=tuple(args)), valid.to(DEVICE)
+
+
+def _valid_frames(size: Size) -> Tensor:
+    """(N, 1, T): the first sequence is whole, each further one a third shorter than the one before."""
+    lengths = [max(1, round(size.t * (2 / 3) ** i)) for i in range(size.n)]
+    return torch.arange(size.t) < torch.tensor(lengths).view(-1, 1, 1)
+
+
+def _with_padding(a: Tensor, valid: Tensor) -> Tensor:
+    """The tensor with zeros on padded frames, if it has frames."""
+    if not a.is_floating_point() or not _has_frames(a, valid):
+        return a
+    return (a.detach() * _of_shape(valid, a)).requires_grad_(a.requires_grad)
+
+
+def _has_frames(a: Tensor, valid: Tensor) -> bool:
+    return a.dim() > 1 and (a.shape[0], a.shape[-1]) == (valid.shape[0], valid.shape[-1])
+
+
+def _of_shape(valid: Tensor, a: Tensor) -> Tensor:
+    n, _, t = valid.shape
+    return valid.view(n, *[1] * (a.dim() - 2), t)
+
+
+def _results(call: Call, valid: Tensor | None) -> Results:
+    """Values, statistics and gradients; zeros on padded frames, where they may be anything."""
+    outputs, gradients = call.results()
+    both = outputs | _statistics(call, valid), gradients
+    if valid is None:
+        return both
+    return tuple(
+        {k: torch.where(_of_shape(valid, v), v, 0) if _has_frames(v, valid) else v for k, v in part.items()}
+        for part in both
+    )
+
+
+def _statistics(call: Call, valid: Tensor | None) -> dict[str, Tensor]:
+    """Outputs without a gradient; where a backend leaves them to who needs them, those of its first output."""
+    count = operator(call.name).statistics
+    if not count:
+        return {}
+    with torch.no_grad(), precision_of(call.precision):
+        first, *others = call.function(*call.args)
+    found = others[-count:]
+    if not found[-1].numel():
+        rows = first.double().movedim(1, -1)
+        rows = rows.flatten(0, 2) if valid is None else rows[valid.expand(rows.shape[:3])]
+        found = [rows.mean(0), rows.var(0, unbiased=False)]
+    return {f"statistic {i}": statistic for i, statistic in enumerate(found)}
+
+
+def _error(got: Results, true: Results) -> float:
+    """The largest distance from the truth, as a share of the largest true value of the same result."""
+    distances = [
+        (a[name].double() - b[name]).abs().max() / b[name].abs().max().clamp(min=1e-30)
+        for a, b in zip(got, true)
+        for name in b
+    ]
+    return max(float(d) for d in distances)
+
+
+def _assert_repeats(first: Results, second: Results, what: str) -> None:
+    for a, b in zip(first, second):
+        for name in a:
+            assert torch.equal(a[name], b[name]), f"{what}: {name} differs when it is repeated"
+
+
+def _moment_update(backend: str, dtype: torch.dtype) -> Results:
+    """Parameters, moments and counts after a step."""
+    lists = MADE_NARROW["moment_update"]
+    args = [
+        [a.to(DEVICE, dtype if i in lists else None, copy=True) for a in arg]
+        if isinstance(arg, list) and arg and isinstance(arg[0], Tensor)
+        else arg.to(DEVICE, copy=True)
+        if isinstance(arg, Tensor)
+        else arg
+        for i, arg in enumerate(make_case("moment_update").args)
+    ]
+    names = list(inspect.signature(operator("moment_update").reference).parameters)
+    args[names.index("second")] = [v.abs() for v in args[names.index("second")]]
+    args[names.index("found_inf")].zero_()
+    operator("moment_update")(*args, backend=backend)
+    changed = {
+        f"{what} {i}": t
+        for what in ("params", "first", "second")
+        for i, t in enumerate(args[names.index(what)])
+    }
+    return changed | {"counts": args[names.index("counts")]}, {}
+
+
+# Times
+
+
+def times(function: Callable[[], object], seconds: float, least: int = 4, most: int = 20) -> dict[str, Any]:
+    """Median and 20th and 80th percentile of the time of a call, waited for, with empty caches."""
+    found: list[float] = []
+    ends = time.perf_counter() + seconds
+    while len(found) < least or (time.perf_counter() < ends and len(found) < most):
+        device.evict_caches()
+        began = time.perf_counter()
+        function()
+        device.synchronize()
+        found.append(time.perf_counter() - began)
+    p20, *_, p80 = quantiles(found, n=5, method="inclusive")
+    return {"seconds": median(found), "p20": p20, "p80": p80, "rounds": len(found)}
+
+
+def device_seconds(function: Callable[[], object]) -> float:
+    """The time of a call's kernels, with empty caches."""
+
+    def with_eviction() -> None:
+        device.evict_caches()
+        function()
+
+    both, eviction = (
+        sum(row[2] for row in kernels(call, ROUNDS_ON_DEVICE))
+        for call in (with_eviction, device.evict_caches)
+    )
+    return both - eviction
+
+
+def network(provider: str, precision: str, size: dict[str, int]) -> Network:
+    """A network after its first step, which compiles and makes the optimizer's state."""
+    use(precision)
+    return _network(provider, precision, Size(**size))
+
+
+@lru_cache(maxsize=1)
+def _network(provider: str, precision: str, size: Size) -> Network:
+    made = Network(provider, size, precision, capturable=ON_GPU and provider == "ours")
+    made.step()
+    device.synchronize()
+    return made
+
+
+def warm(precision: str, size: dict[str, int]) -> Values:
+    """Compile the network with torch.compile."""
+    began = time.perf_counter()
+    network("compiled", precision, size)
+    yield {"seconds": time.perf_counter() - began}
+
+
+def step(provider: str, precision: str, size: dict[str, int], seconds: float) -> Values:
+    """Time, peak memory and kernels of a training step."""
+    net = network(provider, precision, size)
+    yield {"peak_bytes": device.peak_memory(net.step)}
+    yield times(net.step, seconds, least=3)
+    rows = kernels(net.step)
+    yield {"device_seconds": sum(row[2] for row in rows), "launches": sum(row[1] for row in rows)}
+
+
+def profile(precision: str, size: dict[str, int]) -> Values:
+    """The kernels of our training step."""
+    yield {"kernels": kernels(network("ours", precision, size).step)[:TOP_KERNELS]}
+
+
+def sync(precision: str, size: dict[str, int]) -> Values:
+    """Do a training step in which waiting for the GPU is an error."""
+    net = network("ours", precision, size)
+    if not ON_GPU:
+        net.step()
+        raise Skipped("torch finds what waits for a GPU only")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        net.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    yield {"waits": False}
+
+
+def graph(precision: str, size: dict[str, int], seconds: float) -> Values:
+    """Record the training step and replay it; on a CPU it is called again instead."""
+    net = network("ours", precision, size)
+    capture = CudaCapture(DEVICE) if ON_GPU else lambda function: function
+    replay = capture(net.step)
+    losses = [float(replay()["total"]) for _ in range(3)]
+    assert all(map(_is_finite, losses)), f"losses of replayed steps are {losses}"
+    yield {"losses": losses}
+    yield times(replay, seconds)
+    yield {"device_seconds": sum(row[2] for row in kernels(replay))}
+
+
+def _is_finite(value: float) -> bool:
+    return abs(value) < float("inf")
+
+
+@lru_cache(maxsize=1)
+def _case(name: str, size: Size) -> Case:
+    return make_case(name, size)
+
+
+def operator_times(name: str, provider: str, precision: str, size: dict[str, int], seconds: float) -> Values:
+    """Times of a forward pass, and of forward and backward, and the least that the memory allows."""
+    use(precision)
+    call = Call(name, _case(name, Size(**size)), provider, precision, dropout=True)
+    for direction, function in (("forward", call.outputs), ("both", call)):
+        cost = cost_of(name, call.args, backward=direction == "both")
+        found = {"floor_seconds": cost.bytes / device.copy_bandwidth()} | times(function, seconds)
+        yield {direction: found}
+        yield {direction: found | {"device_seconds": device_seconds(function)}}
+    yield {"peak_bytes": device.peak_memory(call)}
+
+
+def optimizer_times(family: str, name: str, parameters: str, seconds: float) -> Values:
+    """Times of an optimizer's step, once three steps were found to be those of torch's."""
+    optimizers.agree(family, name)
+    shapes = optimizers.SIZES[parameters]()
+    _, do = optimizers.steps_of(optimizers.FAMILIES[family][name], shapes)
+    do()
+    floor = optimizers.least_work(family, shapes).bytes / device.copy_bandwidth()
+    yield {"tensors": len(shapes), "floor_seconds": floor} | times(do, seconds)
+    yield {"host_seconds": optimizers.host_time(do)}
+    yield {"device_seconds": device_seconds(do), "launches": sum(row[1] for row in kernels(do))}

@@ -1,0 +1,238 @@
+"""What is done, the most important first."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import site
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from ..operators import OPERATORS, Size
+from .processes import Item
+
+PRECISIONS = ("float32", "tf32", "bfloat16")
+"""Of the timed phases."""
+PHASES = ("values", "sanitizer", "warm", "sync", "step", "graph", "profile", "optimizers", "operators")
+
+MEASUREMENTS = "bench.gpu.measurements:"
+MEMORY_PER_LANE = 8 * 2**30
+"""Bytes on the GPU that a check of values needs at most: float64 at the published size."""
+SHARE_TOGETHER = 0.45
+"""Of the time: for the items that run side by side."""
+BY_IMPORTANCE = (
+    "attention_layer",
+    "dynamic_graph_conv",
+    "fusion_layer",
+    "multiscale_graph_conv",
+    "dilated_residual",
+)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a run, and how long each thing is timed."""
+
+    checked: tuple[Size, ...]
+    """Of values. The lengths 2 and 63 are unaligned, and 17 frames, 19 joints and 16 features fill no tile."""
+    sanitized: Size
+    timed: Size
+    seconds: float
+    parameters: tuple[str, ...]
+    """Of the optimizers, by their names in :data:`bench.optimizers.SIZES`."""
+
+
+PUBLISHED = Size(n=8, t=6000, segments=320)
+FULL = Sizes(
+    checked=(
+        Size(n=2, t=63, segments=4),
+        Size(n=2, t=2, segments=2),
+        Size(n=3, c=3, t=17, v=19, f=16, hops=3, k=5, segments=6, d=40),
+        Size(n=1, t=1, v=11, f=8, segments=1),
+        Size(n=2, t=128, segments=4),
+        PUBLISHED,
+    ),
+    sanitized=Size(n=2, t=63, segments=4),
+    timed=PUBLISHED,
+    seconds=0.4,
+    parameters=("wrn-28-10", "trg-net"),
+)
+_LEAST = Size(n=2, c=3, t=5, v=3, f=8, hops=2, k=4, segments=2, d=16)
+TINY = Sizes(
+    checked=(_LEAST,),
+    sanitized=_LEAST,
+    timed=Size(n=2, t=304, segments=6),
+    seconds=0.0,
+    parameters=("trg-net",),
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Items that run in a number of processes at a time, for at most a share of the time that is left."""
+
+    items: list[Item]
+    lanes: int = 1
+    share: float = 1.0
+
+
+def plan(
+    sizes: Sizes, on_gpu: bool, memory: int, phases: Sequence[str] = PHASES, match: str = ""
+) -> list[Part]:
+    """The items of some phases whose names contain a text.
+
+    Args:
+        sizes: FULL or TINY.
+        on_gpu: whether there is a GPU; without one nothing is compiled by torch.compile, which takes minutes there.
+        memory: bytes of the device.
+        phases: some of PHASES.
+        match: a part of ``phase: name``.
+    """
+    lanes = max(1, min(os.cpu_count() or 1, memory // MEMORY_PER_LANE if on_gpu else 2))
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // lanes))}
+    together = [replace(item, environment=item.environment | threads) for item in untimed(sizes)]
+    parts = [Part(together, lanes, SHARE_TOGETHER), Part(list(timed(sizes, on_gpu)))]
+
+    def chosen(item: Item) -> bool:
+        compiled = item.phase == "warm" or item.arguments.get("provider") == "compiled"
+        return (on_gpu or not compiled) and item.phase in phases and match in f"{item.phase}: {item.name}"
+
+    return [replace(part, items=[item for item in part.items if chosen(item)]) for part in parts]
+
+
+def untimed(sizes: Sizes) -> Iterator[Item]:
+    """What may run side by side."""
+    yield from values(sizes, "float32")
+    yield from warm(sizes)
+    for precision in PRECISIONS[1:]:
+        yield from values(sizes, precision)
+    yield from sanitizer(sizes)
+    yield from values(sizes, "float16")
+
+
+FACTS = Item("facts", "facts", MEASUREMENTS + "facts", {}, 90)
+
+
+def values(sizes: Sizes, precision: str) -> Iterator[Item]:
+    """A process for each operator."""
+    checked = [asdict(size) for size in sizes.checked]
+    for name in (*BY_IMPORTANCE, *(name for name in OPERATORS if name not in BY_IMPORTANCE)):
+        arguments = {"name": name, "precision": precision, "sizes": checked}
+        function = MEASUREMENTS + "values"
+        yield Item("values", f"{name}, {precision}", function, arguments, limit=150, alone=True)
+    if precision != "tf32":  # the optimizers multiply no matrices
+        name, function = f"moment_update, {precision}", MEASUREMENTS + "moment_update_values"
+        yield Item("values", name, function, {"precision": precision}, limit=90, alone=True)
+
+
+def warm(sizes: Sizes) -> Iterator[Item]:
+    """torch.compile of the network in every precision."""
+    for precision in PRECISIONS:
+        arguments = {"precision": precision, "size": asdict(sizes.timed)}
+        yield Item("warm", precision, MEASUREMENTS + "warm", arguments, limit=200, alone=True)
+
+
+def sanitizer(sizes: Sizes) -> Iterator[Item]:
+    """Every operator once under compute-sanitizer; one item that says so where there is none."""
+    program = find_sanitizer()
+    if program is None:
+        yield Item("sanitizer", "compute-sanitizer", MEASUREMENTS + "no_sanitizer", {}, limit=60)
+        return
+    # Without torch's cache every tensor is an allocation of its own, whose ends are known.
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = (program, "--tool", "memcheck", "--error-exitcode", "66", "--print-limit", "5",
+               "--target-processes", "application-only")  # fmt: skip
+    for precision in ("float32", "bfloat16"):
+        for name in (*OPERATORS, "moment_update"):
+            yield Item(
+                "sanitizer",
+                f"{name}, {precision}",
+                MEASUREMENTS + "sanitize",
+                {"name": name, "precision": precision, "size": asdict(sizes.sanitized)},
+                limit=120,
+                alone=True,
+                command=command,
+                environment=environment,
+            )
+
+
+def find_sanitizer() -> str | None:
+    """The path of compute-sanitizer: on PATH, in a CUDA toolkit, or in a package of NVIDIA's."""
+    name = "compute-sanitizer"
+    if found := shutil.which(name):
+        return found
+    folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")), *Path("/usr/local").glob("cuda*")]
+    folders += [Path(packages) / "nvidia" for packages in site.getsitepackages()]
+    for folder in folders:
+        for found in sorted(folder.glob(f"**/{name}")):
+            if found.is_file() and os.access(found, os.X_OK):
+                return str(found)
+    return None
+
+
+def timed(sizes: Sizes, on_gpu: bool) -> Iterator[Item]:
+    """Everything that has to be alone on the device."""
+    size, seconds = asdict(sizes.timed), sizes.seconds
+    steps = {"size": size, "seconds": 2 * seconds}
+
+    def step(provider: str, precision: str, limit: float) -> Item:
+        arguments = {"provider": provider, "precision": precision} | steps
+        return Item("step", f"{provider}, {precision}", MEASUREMENTS + "step", arguments, limit)
+
+    for precision in PRECISIONS:
+        own = {"precision": precision, "size": size}
+        yield Item("sync", precision, MEASUREMENTS + "sync", own, 60)
+        yield step("ours", precision, 60)
+        yield Item("graph", precision, MEASUREMENTS + "graph", own | {"seconds": seconds}, 40)
+        yield Item("profile", precision, MEASUREMENTS + "profile", own, 40)
+    for precision in PRECISIONS:
+        yield step("reference", precision, 60)
+    yield from optimizer_items(sizes, on_gpu)
+    for precision in PRECISIONS:
+        yield step("compiled", precision, 120)
+    yield step("published", "tf32", 90)
+    yield from operator_items(sizes, ("ours", "reference", "published"))
+    yield step("published", "float32", 90)
+    yield step("published", "bfloat16", 90)
+    yield from operator_items(sizes, ("compiled",))
+
+
+def optimizer_items(sizes: Sizes, on_gpu: bool) -> Iterator[Item]:
+    """The fused optimizers of every family; on a CPU those that work on lists."""
+    for parameters in sizes.parameters:
+        for family, name in optimizer_names("fused" if on_gpu else "lists"):
+            yield Item(
+                "optimizers",
+                f"{parameters}, {name}",
+                MEASUREMENTS + "optimizer_times",
+                {"family": family, "name": name, "parameters": parameters, "seconds": sizes.seconds},
+                limit=40,
+            )
+
+
+def optimizer_names(kind: str) -> list[tuple[str, str]]:
+    """Families and names of the optimizers of a kind, and torch's fused ones."""
+    from ..optimizers import FAMILIES
+
+    return [
+        (family, name)
+        for family, providers in FAMILIES.items()
+        for name in providers
+        if name.endswith(kind) or name.startswith("torch") and name.endswith("fused")
+    ]
+
+
+def operator_items(sizes: Sizes, providers: Sequence[str]) -> Iterator[Item]:
+    """One operator after the other, so that its arguments are made once."""
+    for name in OPERATORS:
+        for precision in PRECISIONS:
+            for provider in providers:
+                arguments = {"name": name, "provider": provider, "precision": precision}
+                yield Item(
+                    "operators",
+                    f"{name}, {precision}, {provider}",
+                    MEASUREMENTS + "operator_times",
+                    arguments | {"size": asdict(sizes.timed), "seconds": sizes.seconds / 2},
+                    limit=40,
+                )
