@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -16,7 +14,7 @@ from trgnet.optimizers import LCAM, SMES, GatedSMES
 from trgnet import TRGNet
 from trgnet.skeleton import SKELETONS
 
-from .device import DEVICE, ON_GPU, synchronize
+from .device import DEVICE, ON_GPU
 
 LOSS_GATED = (LCAM, GatedSMES)
 Make = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -97,17 +95,6 @@ def agree(family: str, name: str) -> None:
         results.append([p.detach() for p in params])
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=2e-6, atol=2e-6)
-
-
-def host_time(step: Callable[[], None]) -> float:
-    """Seconds until a step returns."""
-    times = []
-    for _ in range(20):
-        synchronize()
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    return median(times)
 
 
 def least_work(family: str, shapes: list[torch.Size]) -> Cost:

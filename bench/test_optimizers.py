@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import pytest
 
-from .device import ON_GPU, kernels
+from .device import ON_GPU, host_time, kernels
 from .measure import Measure
-from .optimizers import FAMILIES, SIZES, agree, host_time, least_work, steps_of
+from .optimizers import FAMILIES, SIZES, agree, least_work, steps_of
 
 PROVIDERS = [(family, name) for family, providers in FAMILIES.items() for name in providers]
 

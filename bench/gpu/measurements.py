@@ -194,7 +194,7 @@ def _statistics(call: Call, valid: Tensor | None) -> dict[str, Tensor]:
 def _error(got: Results, true: Results) -> float:
     """The largest distance from the truth, as a share of the largest true value of the same result."""
     distances = [
-        (a[name].double() - b[name]).abs().max() / b[name].abs().max().clamp(min=1e-30)
+        (a[name].double() - b[name]).detach().abs().max() / b[name].detach().abs().max().clamp(min=1e-30)
         for a, b in zip(got, true)
         for name in b
     ]
@@ -254,11 +254,16 @@ def device_seconds(function: Callable[[], object]) -> float:
         device.evict_caches()
         function()
 
-    both, eviction = (
-        sum(row[2] for row in kernels(call, ROUNDS_ON_DEVICE))
-        for call in (with_eviction, device.evict_caches)
-    )
-    return both - eviction
+    rows = kernels(with_eviction, ROUNDS_ON_DEVICE)
+    return _seconds([row for row in rows if device.EVICTION not in row[0]])
+
+
+def _seconds(rows: list[tuple[str, int, float]]) -> float:
+    return sum(seconds for _, _, seconds in rows)
+
+
+def _calls(rows: list[tuple[str, int, float]]) -> float:
+    return sum(calls for _, calls, _ in rows)
 
 
 def network(provider: str, precision: str, size: dict[str, int]) -> Network:
@@ -288,7 +293,9 @@ def step(provider: str, precision: str, size: dict[str, int], seconds: float) ->
     yield {"peak_bytes": device.peak_memory(net.step)}
     yield times(net.step, seconds, least=3)
     rows = kernels(net.step)
-    yield {"device_seconds": sum(row[2] for row in rows), "launches": sum(row[1] for row in rows)}
+    yield {"device_seconds": _seconds(rows), "launches": _calls(rows)}
+    if provider == "ours":
+        yield {"host_seconds": device.host_time(net.step, rounds=5)}
 
 
 def profile(precision: str, size: dict[str, int]) -> Values:
@@ -319,14 +326,14 @@ def graph(precision: str, size: dict[str, int], seconds: float) -> Values:
     assert all(map(_is_finite, losses)), f"losses of replayed steps are {losses}"
     yield {"losses": losses}
     yield times(replay, seconds)
-    yield {"device_seconds": sum(row[2] for row in kernels(replay))}
+    yield {"device_seconds": _seconds(kernels(replay))}
 
 
 def _is_finite(value: float) -> bool:
     return abs(value) < float("inf")
 
 
-@lru_cache(maxsize=1)
+@lru_cache
 def _case(name: str, size: Size) -> Case:
     return make_case(name, size)
 
@@ -351,5 +358,5 @@ def optimizer_times(family: str, name: str, parameters: str, seconds: float) -> 
     do()
     floor = optimizers.least_work(family, shapes).bytes / device.copy_bandwidth()
     yield {"tensors": len(shapes), "floor_seconds": floor} | times(do, seconds)
-    yield {"host_seconds": optimizers.host_time(do)}
-    yield {"device_seconds": device_seconds(do), "launches": sum(row[1] for row in kernels(do))}
+    yield {"host_seconds": device.host_time(do)}
+    yield {"device_seconds": device_seconds(do), "launches": _calls(kernels(do))}

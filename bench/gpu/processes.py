@@ -59,7 +59,7 @@ class Worker:
     """A process that runs items, see :mod:`bench.gpu.worker`."""
 
     def __init__(self, item: Item) -> None:
-        self.kind = item.command, item.environment
+        self._kind = item.command, item.environment
         self._log = tempfile.TemporaryFile(mode="w+", errors="replace")
         self.process = subprocess.Popen(
             [*item.command, sys.executable, "-m", "bench.gpu.worker"],
@@ -79,6 +79,10 @@ class Worker:
         for line in self.process.stdout:
             self._lines.put(line)
         self._lines.put(None)
+
+    def can_do(self, item: Item) -> bool:
+        """Whether an item may run in this process, which has done others."""
+        return not item.alone and self._kind == (item.command, item.environment)
 
     def run(self, item: Item, seconds: float, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         """Do one item; `report` gets its values as they come. Returns how it ended."""
@@ -182,7 +186,7 @@ class Runner:
         while True:
             with self._lock:
                 item = None if self._stopped else next(waiting, None)
-            if worker is not None and (item is None or worker.kind != (item.command, item.environment)):
+            if worker is not None and (item is None or not worker.can_do(item)):
                 self._drop(worker)
                 worker = None
             if item is None:

@@ -84,9 +84,9 @@ def steps(run: Run) -> str:
         row = [precision, _ms(graph.get("seconds")), _ms(graph.get("device_seconds"))]
         row += [_ms(by.get(f"{who}, {precision}", {}).get("seconds")) for who in HEADINGS]
         row += [_mb(by.get(f"{who}, {precision}", {}).get("peak_bytes")) for who in HEADINGS]
-        rows.append([*row, _count(own.get("launches"))])
+        rows.append([*row, _ms(own.get("host_seconds")), _count(own.get("launches"))])
     head = ["training step, ms", "ours, CUDA graph", "its kernels", *(HEADINGS[who] for who in HEADINGS)]
-    return _table([*head, *(f"MB, {HEADINGS[who]}" for who in HEADINGS), "launches, ours"], rows)
+    return _table([*head, *(f"MB, {HEADINGS[who]}" for who in HEADINGS), "host time, ours", "launches"], rows)
 
 
 def profile(record: Record) -> str:

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
@@ -22,6 +23,7 @@ def main() -> None:
     """Do items until the input ends."""
     results = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    faulthandler.enable()
     for line in sys.stdin:
         item = json.loads(line)
         # A hang ends with a traceback, even if whoever started this process is gone.
@@ -31,7 +33,7 @@ def main() -> None:
         faulthandler.cancel_dump_traceback_later()
 
 
-def outcome(item: dict[str, Any]):
+def outcome(item: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the values of an item as they come, and how it ended."""
     try:
         module, _, function = item["function"].partition(":")
