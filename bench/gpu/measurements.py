@@ -10,14 +10,15 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from statistics import median, quantiles
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from trgnet.kernels import operator
+from trgnet.kernels.examples import HALF_ARGUMENTS, Size, example, forms
 from trgnet.kernels.launch import interpreted
 
 from trgnet.step_graphs import CudaCapture
@@ -25,7 +26,7 @@ from trgnet.step_graphs import CudaCapture
 from .. import device, optimizers
 from ..agreement import ROUNDING, Results, assert_as_good
 from ..device import DEVICE, ON_GPU, kernels
-from ..operators import MADE_NARROW, Call, Case, Size, cost_of, make_case
+from ..operators import Call, Case, cost_of, make_case
 from ..providers import AUTOCAST, allow_tf32, precision_of
 from ..step import Network
 from .processes import Skipped
@@ -65,41 +66,18 @@ def values(name: str, precision: str, sizes: list[dict[str, int]]) -> Values:
     _need_kernels(precision)
     use(precision)
     worst = {"error": 0.0, "plain_error": 0.0, "checks": 0}
-    for size in sizes:
-        for what, case, real in _forms(name, Size(**size)):
-            yield {"at": what}
-            got, plain, true = (
-                _results(Call(name, case, backend, how, dropout=True), real)
-                for backend, how in (
-                    ("triton", precision),
-                    ("reference", precision),
-                    ("reference", "float64"),
-                )
-            )
-            again = _results(Call(name, case, "triton", precision, dropout=True), real)
-            worst["error"] = max(worst["error"], _error(got, true))
-            worst["plain_error"] = max(worst["plain_error"], _error(plain, true))
-            worst["checks"] += 1
-            yield dict(worst)
-            assert_as_good(got, plain, true, ROUNDING[precision], what)
-            _assert_repeats(got, again, what)
-    yield {"repeats": True}
-
-
-def moment_update_values(precision: str) -> Values:
-    """The same of the kernel that updates parameters and moments."""
-    _need_kernels(precision)
-    got, plain, true = (
-        _moment_update(backend, dtype)
-        for backend, dtype in (
-            ("triton", AUTOCAST.get(precision, torch.float32)),
-            ("reference", AUTOCAST.get(precision, torch.float32)),
-            ("reference", torch.float64),
+    for what, evaluate in _evaluations(name, sizes):
+        yield {"at": what}
+        got, plain, true = (
+            evaluate(*how)
+            for how in (("triton", precision), ("reference", precision), ("reference", "float64"))
         )
-    )
-    yield {"error": _error(got, true), "plain_error": _error(plain, true), "checks": 1}
-    assert_as_good(got, plain, true, ROUNDING[precision], "moment_update")
-    _assert_repeats(got, _moment_update("triton", AUTOCAST.get(precision, torch.float32)), "moment_update")
+        worst["error"] = max(worst["error"], _error(got, true))
+        worst["plain_error"] = max(worst["plain_error"], _error(plain, true))
+        worst["checks"] += 1
+        yield dict(worst)
+        assert_as_good(got, plain, true, ROUNDING[precision], what)
+        _assert_repeats(got, evaluate("triton", precision), what)
     yield {"repeats": True}
 
 
@@ -107,12 +85,9 @@ def sanitize(name: str, precision: str, size: dict[str, int]) -> Values:
     """Run the kernels of an operator once, under compute-sanitizer."""
     _need_kernels(precision)
     use(precision)
-    if name == "moment_update":
-        _moment_update("triton", torch.float32)
-    else:
-        for what, case, real in _forms(name, Size(**size)):
-            yield {"at": what}
-            _results(Call(name, case, "triton", precision, dropout=True), real)
+    for what, evaluate in _evaluations(name, [size]):
+        yield {"at": what}
+        evaluate("triton", precision)
     device.synchronize()
 
 
@@ -128,31 +103,24 @@ def _need_kernels(precision: str) -> None:
         raise Skipped("Triton's interpreter does not compute in it")
 
 
-def _forms(name: str, size: Size) -> Iterator[tuple[str, Case, Tensor | None]]:
-    """Each form of an operator's arguments, whole and with padding: what it is, the arguments, and the valid frames."""
-    case = make_case(name, size)
-    for i, form in enumerate(case.forms):
-        what = f"{name}, N={size.n} V={size.v} F={size.f} T={size.t}, form {i}"
-        yield what, replace(case, args=form), None
-        position = next((j for j, a in enumerate(form) if getattr(a, "dtype", None) is torch.bool), None)
-        if position is not None and size.t > 1 and size.n > 1:
-            valid = _valid_frames(size)
-            args = [_with_padding(a, valid) if isinstance(a, Tensor) else a for a in form]
-            args[position] = valid
-            yield f"{what}, padded", replace(case, args=tuple(args)), valid.to(DEVICE)
+def _evaluations(
+    name: str, sizes: list[dict[str, int]]
+) -> Iterator[tuple[str, Callable[[str, str], Results]]]:
+    """For each size and form, whole and with padding: what it is, and a function of backend and precision."""
+    for size in map(lambda size: Size(**size), sizes):
+        for padded in (False, True) if size.n > 1 else (False,):
+            args = example(name, size, dtype=torch.float32, padded=padded, dilation=16, heads=4)
+            valid = next((a.to(DEVICE) for a in args if padded and _is_mask(a)), None)
+            for i, form in enumerate(forms(name, args)):
+                what = f"N={size.n} V={size.v} F={size.f} T={size.t}, form {i}{', padded' if padded else ''}"
+                if name == "moment_update":
+                    yield what, partial(_moment_update, form)
+                else:
+                    yield what, partial(_results, name, Case(form, None), valid)
 
 
-def _valid_frames(size: Size) -> Tensor:
-    """(N, 1, T): the first sequence is whole, each further one a third shorter than the one before."""
-    lengths = [max(1, round(size.t * (2 / 3) ** i)) for i in range(size.n)]
-    return torch.arange(size.t) < torch.tensor(lengths).view(-1, 1, 1)
-
-
-def _with_padding(a: Tensor, valid: Tensor) -> Tensor:
-    """The tensor with zeros on padded frames, if it has frames."""
-    if not a.is_floating_point() or not _has_frames(a, valid):
-        return a
-    return (a.detach() * _of_shape(valid, a)).requires_grad_(a.requires_grad)
+def _is_mask(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.dtype is torch.bool
 
 
 def _has_frames(a: Tensor, valid: Tensor) -> bool:
@@ -164,8 +132,9 @@ def _of_shape(valid: Tensor, a: Tensor) -> Tensor:
     return valid.view(n, *[1] * (a.dim() - 2), t)
 
 
-def _results(call: Call, valid: Tensor | None) -> Results:
+def _results(name: str, case: Case, valid: Tensor | None, backend: str, precision: str) -> Results:
     """Values, statistics and gradients; zeros on padded frames, where they may be anything."""
+    call = Call(name, case, backend, precision, dropout=True)
     outputs, gradients = call.results()
     both = outputs | _statistics(call, valid), gradients
     if valid is None:
@@ -207,27 +176,17 @@ def _assert_repeats(first: Results, second: Results, what: str) -> None:
             assert torch.equal(a[name], b[name]), f"{what}: {name} differs when it is repeated"
 
 
-def _moment_update(backend: str, dtype: torch.dtype) -> Results:
+def _moment_update(form: tuple[Any, ...], backend: str, precision: str) -> Results:
     """Parameters, moments and counts after a step."""
-    lists = MADE_NARROW["moment_update"]
-    args = [
-        [a.to(DEVICE, dtype if i in lists else None, copy=True) for a in arg]
-        if isinstance(arg, list) and arg and isinstance(arg[0], Tensor)
-        else arg.to(DEVICE, copy=True)
-        if isinstance(arg, Tensor)
-        else arg
-        for i, arg in enumerate(make_case("moment_update").args)
-    ]
-    names = list(inspect.signature(operator("moment_update").reference).parameters)
-    args[names.index("second")] = [v.abs() for v in args[names.index("second")]]
-    args[names.index("found_inf")].zero_()
-    operator("moment_update")(*args, backend=backend)
-    changed = {
-        f"{what} {i}": t
-        for what in ("params", "first", "second")
-        for i, t in enumerate(args[names.index(what)])
-    }
-    return changed | {"counts": args[names.index("counts")]}, {}
+    dtype = AUTOCAST.get(precision, torch.float64 if precision == "float64" else torch.float32)
+    names = inspect.signature(operator("moment_update").reference).parameters
+    args = {}
+    for i, (name, argument) in enumerate(zip(names, form, strict=True)):
+        kind = dtype if i in HALF_ARGUMENTS["moment_update"] else None
+        args[name] = tree_map_only(Tensor, lambda a, kind=kind: a.to(DEVICE, kind, copy=True), argument)
+    operator("moment_update")(*args.values(), backend=backend)
+    changed = {f"{what} {i}": a for what in ("params", "first", "second") for i, a in enumerate(args[what])}
+    return changed | {"counts": args["counts"]}, {}
 
 
 # Times

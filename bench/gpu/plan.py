@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ..operators import OPERATORS, Size
+from trgnet.kernels.examples import Size
+
+from ..operators import OPERATORS
 from .processes import Item
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
@@ -114,13 +116,13 @@ FACTS = Item("facts", "facts", MEASUREMENTS + "facts", {}, 90)
 def values(sizes: Sizes, precision: str) -> Iterator[Item]:
     """A process for each operator."""
     checked = [asdict(size) for size in sizes.checked]
-    for name in BY_IMPORTANCE:
-        arguments = {"name": name, "precision": precision, "sizes": checked}
-        function = MEASUREMENTS + "values"
-        yield Item("values", f"{name}, {precision}", function, arguments, limit=150, alone=True)
-    if precision != "tf32":  # the optimizers multiply no matrices
-        name, function = f"moment_update, {precision}", MEASUREMENTS + "moment_update_values"
-        yield Item("values", name, function, {"precision": precision}, limit=90, alone=True)
+    # The optimizers multiply no matrices, and know no size of a batch.
+    others = [] if precision == "tf32" else [("moment_update", checked[:1])]
+    for name, sizes_of_it in [*((name, checked) for name in BY_IMPORTANCE), *others]:
+        arguments = {"name": name, "precision": precision, "sizes": sizes_of_it}
+        yield Item(
+            "values", f"{name}, {precision}", MEASUREMENTS + "values", arguments, limit=150, alone=True
+        )
 
 
 def warm(sizes: Sizes) -> Iterator[Item]:
