@@ -60,7 +60,7 @@ _LEAST = Size(n=2, c=3, t=5, v=3, f=8, hops=2, k=4, segments=2, d=16)
 TINY = Sizes(
     checked=(_LEAST,),
     sanitized=_LEAST,
-    timed=Size(n=2, t=304, segments=6),
+    timed=Size(n=2, t=152, segments=4),
     seconds=0.0,
     parameters=("trg-net",),
 )
@@ -180,12 +180,12 @@ def timed(sizes: Sizes, on_gpu: bool) -> Iterator[Item]:
 
     for precision in PRECISIONS:
         own = {"precision": precision, "size": size}
-        yield Item("sync", precision, MEASUREMENTS + "sync", own, 60)
-        yield step("ours", precision, 60)
-        yield Item("graph", precision, MEASUREMENTS + "graph", own | {"seconds": seconds}, 40)
-        yield Item("profile", precision, MEASUREMENTS + "profile", own, 40)
+        yield Item("sync", precision, MEASUREMENTS + "sync", own, 120)
+        yield step("ours", precision, 120)
+        yield Item("graph", precision, MEASUREMENTS + "graph", own | {"seconds": seconds}, 60)
+        yield Item("profile", precision, MEASUREMENTS + "profile", own, 60)
     for precision in PRECISIONS:
-        yield step("reference", precision, 60)
+        yield step("reference", precision, 90)
     yield from optimizer_items(sizes, on_gpu)
     yield from operator_items(sizes, ("ours", "reference"))
     for precision in PRECISIONS:
@@ -206,7 +206,7 @@ def optimizer_items(sizes: Sizes, on_gpu: bool) -> Iterator[Item]:
                 f"{parameters}, {name}",
                 MEASUREMENTS + "optimizer_times",
                 {"family": family, "name": name, "parameters": parameters, "seconds": sizes.seconds},
-                limit=40,
+                limit=60,
             )
 
 
@@ -233,5 +233,5 @@ def operator_items(sizes: Sizes, providers: Sequence[str]) -> Iterator[Item]:
                     f"{name}, {precision}, {provider}",
                     MEASUREMENTS + "operator_times",
                     arguments | {"size": asdict(sizes.timed), "seconds": sizes.seconds / 2},
-                    limit=40,
+                    limit=60,
                 )

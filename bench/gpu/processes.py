@@ -136,8 +136,8 @@ class Worker:
 
     def _end(self, status: str, what: str, printed: list[str]) -> dict[str, Any]:
         self._log.seek(0)
-        log = [*printed[-LOG_LINES:], *self._log.readlines()[-LOG_LINES:]]
-        return {"status": status, "reason": "\n".join([what, *(line.rstrip() for line in log)])}
+        lines = [*printed[-LOG_LINES:], *_ending(self._log.readlines())]
+        return {"status": status, "reason": "\n".join([what, *(line.rstrip() for line in lines)])}
 
     def kill(self) -> None:
         """End the process and everything that it started."""
@@ -146,6 +146,12 @@ class Worker:
         except ProcessLookupError:
             pass  # it has ended
         self.process.wait()
+
+
+def _ending(log: list[str]) -> list[str]:
+    """The last lines, or the first ones of a crash or hang, where the innermost call comes first."""
+    begins = [i for i, line in enumerate(log) if line.startswith(("Fatal Python error", "Timeout ("))]
+    return log[begins[-1] :][:LOG_LINES] if begins else log[-LOG_LINES:]
 
 
 class Runner:
