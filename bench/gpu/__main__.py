@@ -80,7 +80,7 @@ def _run(options: argparse.Namespace) -> int:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     facts = _facts(options)
     sizes = plan.TINY if options.tiny else plan.FULL
-    parts = plan.plan(sizes, ON_GPU, facts["memory_bytes"], phases, options.match)
+    parts = plan.plan(sizes, ON_GPU, phases, options.match)
     journal = Journal(options.out or _free_path(facts), facts, sum(len(part.items) for part in parts))
     print(f"results: {journal.lines}, at the end {journal.path}", flush=True)
 
@@ -94,7 +94,7 @@ def _run(options: argparse.Namespace) -> int:
     def left() -> float:
         return options.limit - (time.monotonic() - began)
 
-    runner, stopped = Runner(tell, left()), False
+    runner, stopped = Runner(tell, left(), facts["memory_bytes"]), False
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for part in parts:

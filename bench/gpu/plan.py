@@ -19,8 +19,10 @@ PRECISIONS = ("float32", "tf32", "bfloat16")
 PHASES = ("values", "sanitizer", "warm", "sync", "step", "graph", "profile", "optimizers", "operators")
 
 MEASUREMENTS = "bench.gpu.measurements:"
-MEMORY_PER_LANE = 8 * 2**30
-"""Bytes on the GPU that a check of values needs at most: float64 at the published size."""
+GIB = 2**30
+MEMORY, MUCH_MEMORY = 2 * GIB, 12 * GIB
+"""Of a check of values with its truth in float64 at the published size: of most operators, and of those on all joints."""
+ON_JOINTS = "dynamic_graph_conv", "multiscale_graph_conv", "masked_batch_norm"
 SHARE_TOGETHER = 0.4
 """Of the time: for the items that run side by side."""
 MOST = "attention_layer", "dynamic_graph_conv", "fusion_layer", "multiscale_graph_conv", "dilated_residual"
@@ -47,7 +49,7 @@ FULL = Sizes(
         Size(n=2, t=63, segments=4),
         Size(n=2, t=2, segments=2),
         Size(n=3, c=3, t=17, v=19, f=16, hops=3, k=5, segments=6, d=40),
-        Size(n=1, t=1, v=11, f=8, segments=1),
+        Size(n=1, t=1, segments=1),
         Size(n=2, t=128, segments=4),
         PUBLISHED,
     ),
@@ -75,22 +77,18 @@ class Part:
     share: float = 1.0
 
 
-def plan(
-    sizes: Sizes, on_gpu: bool, memory: int, phases: Sequence[str] = PHASES, match: str = ""
-) -> list[Part]:
+def plan(sizes: Sizes, on_gpu: bool, phases: Sequence[str] = PHASES, match: str = "") -> list[Part]:
     """The items of some phases whose names contain a text.
 
     Args:
         sizes: FULL or TINY.
         on_gpu: whether there is a GPU; without one nothing is compiled by torch.compile, which takes minutes there.
-        memory: bytes of the device.
         phases: some of PHASES.
         match: a part of ``phase: name``.
     """
-    lanes = max(1, min(os.cpu_count() or 1, memory // MEMORY_PER_LANE if on_gpu else 2))
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // lanes))}
-    together = [replace(item, environment=item.environment | threads) for item in untimed(sizes)]
-    parts = [Part(together, lanes, SHARE_TOGETHER), Part(list(timed(sizes, on_gpu)))]
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    together = [replace(item, environment=item.environment | one_thread) for item in untimed(sizes)]
+    parts = [Part(together, os.cpu_count() or 1, SHARE_TOGETHER), Part(list(timed(sizes, on_gpu)))]
 
     def chosen(item: Item) -> bool:
         compiled = item.phase == "warm" or item.arguments.get("provider") == "compiled"
@@ -119,9 +117,14 @@ def values(sizes: Sizes, precision: str) -> Iterator[Item]:
     # The optimizers multiply no matrices, and know no size of a batch.
     others = [] if precision == "tf32" else [("moment_update", checked[:1])]
     for name, sizes_of_it in [*((name, checked) for name in BY_IMPORTANCE), *others]:
-        arguments = {"name": name, "precision": precision, "sizes": sizes_of_it}
         yield Item(
-            "values", f"{name}, {precision}", MEASUREMENTS + "values", arguments, limit=150, alone=True
+            "values",
+            f"{name}, {precision}",
+            MEASUREMENTS + "values",
+            {"name": name, "precision": precision, "sizes": sizes_of_it},
+            limit=150,
+            alone=True,
+            memory=MUCH_MEMORY if name in ON_JOINTS else MEMORY,
         )
 
 
@@ -129,7 +132,8 @@ def warm(sizes: Sizes) -> Iterator[Item]:
     """torch.compile of the network in every precision."""
     for precision in PRECISIONS:
         arguments = {"precision": precision, "size": asdict(sizes.timed)}
-        yield Item("warm", precision, MEASUREMENTS + "warm", arguments, limit=200, alone=True)
+        function = MEASUREMENTS + "warm"
+        yield Item("warm", precision, function, arguments, limit=200, alone=True, memory=MUCH_MEMORY)
 
 
 def sanitizer(sizes: Sizes, precision: str) -> Iterator[Item]:
@@ -150,6 +154,7 @@ def sanitizer(sizes: Sizes, precision: str) -> Iterator[Item]:
             {"name": name, "precision": precision, "size": asdict(sizes.sanitized)},
             limit=120,
             alone=True,
+            memory=MEMORY,
             command=command,
             environment=environment,
         )

@@ -7,6 +7,7 @@ access makes all later calls to the GPU fail. Items that are `alone` have a proc
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import signal
@@ -46,6 +47,8 @@ class Item:
     limit: float
     """Seconds, the start of its process included."""
     alone: bool = False
+    memory: int = 0
+    """Bytes on the device that it needs at most."""
     command: tuple[str, ...] = ()
     """What the worker is run under."""
     environment: dict[str, str] = field(default_factory=dict)
@@ -160,44 +163,67 @@ class Runner:
     Args:
         report: called with every line for the journal.
         seconds: after which no item goes on.
+        memory: bytes on the device that the items of one time may need together.
     """
 
-    def __init__(self, report: Report, seconds: float) -> None:
-        self._report, self._ends = report, time.monotonic() + seconds
+    def __init__(self, report: Report, seconds: float, memory: float = math.inf) -> None:
+        self._report, self._ends, self._memory = report, time.monotonic() + seconds, memory
         self._workers: set[Worker] = set()
-        self._lock = threading.Lock()
-        self._stopped = False
+        self._changed = threading.Condition()
+        self._used, self._stopped = 0, False
 
-    def run(self, items: Sequence[Item], lanes: int = 1, seconds: float = float("inf")) -> None:
+    def run(self, items: Sequence[Item], lanes: int = 1, seconds: float = math.inf) -> None:
         """Run the items in their order, as many at a time as there are lanes, for at most so many seconds."""
         ends = min(self._ends, time.monotonic() + seconds)
-        waiting = iter(items)
-        threads = [
-            threading.Thread(target=self._lane, args=(waiting, ends), daemon=True) for _ in range(lanes)
-        ]
+        waiting, errors = list(items), []
+
+        def lane() -> None:
+            try:
+                self._lane(waiting, ends)
+            except Exception as error:
+                errors.append(error)
+                self.stop()
+
+        threads = [threading.Thread(target=lane, daemon=True) for _ in range(lanes)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        if errors:
+            raise errors[0]
 
     def stop(self) -> None:
         """Kill what runs, at once."""
-        with self._lock:
+        with self._changed:
             self._stopped = True
             for worker in self._workers:
                 worker.kill()
+            self._changed.notify_all()
 
-    def _lane(self, waiting: Any, ends: float) -> None:
+    def _lane(self, waiting: list[Item], ends: float) -> None:
         worker = None
         while True:
-            with self._lock:
-                item = None if self._stopped else next(waiting, None)
+            item = self._take(waiting)
             if worker is not None and (item is None or not worker.can_do(item)):
                 self._drop(worker)
                 worker = None
             if item is None:
                 return
             worker = self._one(item, worker, ends - time.monotonic())
+            with self._changed:
+                self._used -= item.memory
+                self._changed.notify_all()
+
+    def _take(self, waiting: list[Item]) -> Item | None:
+        """Remove the first item that there is memory for, and wait until there is; None if no item is left."""
+        with self._changed:
+            while waiting and not self._stopped:
+                for i, item in enumerate(waiting):
+                    if self._used == 0 or self._used + item.memory <= self._memory:
+                        self._used += item.memory
+                        return waiting.pop(i)
+                self._changed.wait()
+            return None
 
     def _one(self, item: Item, worker: Worker | None, left: float) -> Worker | None:
         """Run an item; returns the worker if it can be used again."""
@@ -205,7 +231,7 @@ class Runner:
         if left < LEAST_SECONDS:
             self._report(line | {"status": "not begun", "reason": "no time left"})
             return worker
-        with self._lock:
+        with self._changed:
             if self._stopped:
                 return worker
             if worker is None:
@@ -223,5 +249,5 @@ class Runner:
 
     def _drop(self, worker: Worker) -> None:
         worker.kill()
-        with self._lock:
+        with self._changed:
             self._workers.discard(worker)
