@@ -217,7 +217,7 @@ def test_a_crash_or_a_hang_is_a_finding_and_the_others_go_on(tmp_path: Path):
         "done",
         "crashed",
         "done",
-        "limit",
+        "timed out",
         "failed",
         "skipped",
         "crashed",
@@ -234,7 +234,7 @@ def test_a_crash_or_a_hang_is_a_finding_and_the_others_go_on(tmp_path: Path):
 def test_a_hang_in_c_is_killed(tmp_path: Path):
     began = time.monotonic()
     (record,) = run([item("hang in C", limit=8.0)], tmp_path / "run.json").records
-    assert record.status == "limit" and record.values == {"value": 1} and time.monotonic() - began < 40
+    assert record.status == "timed out" and record.values == {"value": 1} and time.monotonic() - began < 40
 
 
 def test_a_process_is_used_again_unless_an_item_is_alone(tmp_path: Path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import time
@@ -75,9 +74,6 @@ def _run(options: argparse.Namespace) -> int:
         )
     if not ON_GPU and not options.tiny:
         raise ValueError("torch sees no GPU; python -m bench.gpu --tiny tries everything on the CPU")
-    os.environ["TRGNET_VERIFY"] = "0"  # the kernels are measured, right or not
-    if not ON_GPU:
-        os.environ.setdefault("TRITON_INTERPRET", "1")
     facts = _facts(options)
     sizes = plan.TINY if options.tiny else plan.FULL
     parts = plan.plan(sizes, ON_GPU, phases, options.match)

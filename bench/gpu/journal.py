@@ -11,7 +11,7 @@ from typing import Any
 
 from trgnet.files import write_json
 
-BAD = ("failed", "crashed", "limit")
+BAD = ("failed", "crashed", "timed out")
 """How an item ended that says that something is wrong."""
 
 
@@ -23,7 +23,7 @@ class Record:
     name: str
     values: dict[str, Any] = field(default_factory=dict)
     status: str = "unfinished"
-    """"done", "failed" (it raised an error), "crashed" (its process died), "limit" (killed when its time was up), "skipped",
+    """"done", "failed" (it raised an error), "crashed" (its process died), "timed out", "skipped",
     "not begun" (no time left), or "unfinished" where the run was killed."""
     seconds: float | None = None
     reason: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import site
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -86,15 +86,27 @@ def plan(sizes: Sizes, on_gpu: bool, phases: Sequence[str] = PHASES, match: str 
         phases: some of PHASES.
         match: a part of ``phase: name``.
     """
-    one_thread = {"OMP_NUM_THREADS": "1"}
-    together = [replace(item, environment=item.environment | one_thread) for item in untimed(sizes)]
-    parts = [Part(together, os.cpu_count() or 1, SHARE_TOGETHER), Part(list(timed(sizes, on_gpu)))]
+    environment = {"TRGNET_VERIFY": "0"}  # kernels are measured whether they are right or not
+    if not on_gpu:
+        environment["TRITON_INTERPRET"] = "1"
 
-    def chosen(item: Item) -> bool:
-        compiled = item.phase == "warm" or item.arguments.get("provider") == "compiled"
-        return (on_gpu or not compiled) and item.phase in phases and match in f"{item.phase}: {item.name}"
+    def chosen(items: Iterable[Item], **others: str) -> list[Item]:
+        return [
+            replace(item, environment=environment | others | item.environment)
+            for item in items
+            if item.phase in phases
+            and match in f"{item.phase}: {item.name}"
+            and (on_gpu or not compiled(item))
+        ]
 
-    return [replace(part, items=[item for item in part.items if chosen(item)]) for part in parts]
+    cores = os.cpu_count() or 1
+    together = Part(chosen(untimed(sizes), OMP_NUM_THREADS="1"), cores, SHARE_TOGETHER)
+    return [together, Part(chosen(timed(sizes, on_gpu)))]
+
+
+def compiled(item: Item) -> bool:
+    """Whether it goes through torch.compile."""
+    return item.phase == "warm" or item.arguments.get("provider") == "compiled"
 
 
 def untimed(sizes: Sizes) -> Iterator[Item]:

@@ -101,7 +101,7 @@ class Worker:
                 line = self._lines.get(timeout=max(0.0, began + seconds + GRACE - time.time()))
             except queue.Empty:
                 self.kill()
-                return self._end("limit", f"killed after {seconds:.0f} s", printed)
+                return self._end("timed out", f"killed after {seconds:.0f} s", printed)
             if line is None:
                 return self._died(time.time() - began >= seconds, seconds, printed)
             if not line.startswith(MARK):
@@ -121,7 +121,7 @@ class Worker:
             code = self.process.wait(max(1.0, seconds))
         except subprocess.TimeoutExpired:
             self.kill()
-            return self._end("limit", "the process did not end", printed)
+            return self._end("timed out", "the process did not end", printed)
         while (line := self._lines.get()) is not None:
             printed.append(line)
         if message["status"] == "done" and code != 0:
@@ -133,7 +133,7 @@ class Worker:
     def _died(self, late: bool, seconds: float, printed: list[str]) -> dict[str, Any]:
         code = self.process.wait()
         if late:
-            return self._end("limit", f"stopped after {seconds:.0f} s", printed)
+            return self._end("timed out", f"stopped after {seconds:.0f} s", printed)
         how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
         return self._end("crashed", how, printed)
 
