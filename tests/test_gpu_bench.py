@@ -187,6 +187,9 @@ def test_phases_and_names_are_chosen():
     names = [f"{i.phase}: {i.name}" for part in parts for i in part.items]
     assert "step: ours, tf32" in names and "values: fusion_layer, tf32" in names
     assert all("tf32" in name and name.partition(":")[0] in ("values", "step") for name in names)
+    assert [part.share for part in parts] == [plan.SHARE_TOGETHER, 1.0]
+    (checks, nothing) = plan.plan(plan.TINY, on_gpu=True, phases=["values"])
+    assert checks.share == 1.0 and not nothing.items
 
 
 def test_the_sanitizer_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -61,12 +61,12 @@ def _parser(text: str, phases: tuple[str, ...]) -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
+    began = time.monotonic()
     from ..device import ON_GPU
     from . import plan, report
     from .journal import BAD, Journal
     from .processes import Runner
 
-    began = time.monotonic()
     phases = options.phases.split(",") if options.phases else plan.PHASES
     if unknown := set(phases) - set(plan.PHASES):
         raise ValueError(

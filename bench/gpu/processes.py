@@ -170,6 +170,7 @@ class Runner:
         self._report, self._ends, self._memory = report, time.monotonic() + seconds, memory
         self._workers: set[Worker] = set()
         self._changed = threading.Condition()
+        self._threads: list[threading.Thread] = []
         self._used, self._stopped = 0, False
 
     def run(self, items: Sequence[Item], lanes: int = 1, seconds: float = math.inf) -> None:
@@ -182,18 +183,23 @@ class Runner:
                 self._lane(waiting, ends)
             except Exception as error:
                 errors.append(error)
-                self.stop()
+                self._kill()
 
-        threads = [threading.Thread(target=lane, daemon=True) for _ in range(lanes)]
-        for thread in threads:
+        self._threads = [threading.Thread(target=lane, daemon=True) for _ in range(lanes)]
+        for thread in self._threads:
             thread.start()
-        for thread in threads:
+        for thread in self._threads:
             thread.join()
         if errors:
             raise errors[0]
 
     def stop(self) -> None:
-        """Kill what runs, at once."""
+        """Kill what runs; nothing is reported after it."""
+        self._kill()
+        for thread in self._threads:
+            thread.join()
+
+    def _kill(self) -> None:
         with self._changed:
             self._stopped = True
             for worker in self._workers:
