@@ -42,8 +42,8 @@ class Sizes:
     """The sizes of a run, and how long each thing is timed."""
 
     checked: tuple[Size, ...]
-    """Of values. The lengths 2 and 63 are unaligned, and 17 frames, 19 joints and 16 features fill no tile. A single frame
-    is left out: its norm over time has variance 0, which multiplies every rounding error by 316."""
+    """Of values. The lengths 3 and 63 are unaligned, and 17 frames, 19 joints and 16 features fill no tile. No sequence is of a
+    single frame, padded ones included: its norm over time has variance 0, which multiplies rounding errors by 316."""
     sanitized: Size
     timed: Size
     seconds: float
@@ -55,7 +55,7 @@ PUBLISHED = Size(n=8, t=6000, segments=320)
 FULL = Sizes(
     checked=(
         Size(n=2, t=63, segments=4),
-        Size(n=2, t=2, segments=2),
+        Size(n=2, t=3, segments=2),
         Size(n=3, c=3, t=17, v=19, f=16, hops=3, k=5, segments=6, d=40),
         Size(n=2, t=128, segments=4),
         PUBLISHED,
