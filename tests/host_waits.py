@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tape import Memory
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from trgnet.kernels.operator import Operator
 from trgnet.optimizers import builders
 
+from trgnet import step_graphs
 from trgnet import trainer as trainer_module
 from trgnet.trainer import Trainer
 
@@ -117,7 +119,8 @@ def pretended_gpu(triton: bool = False) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_module, "pick_device", lambda *_, **__: DEVICE)
-        patch.setattr(trainer_module, "check_graphs", lambda *_: None)
+        patch.setattr(trainer_module, "uses_graphs", lambda settings, *_: settings.cuda_graph is True)
+        patch.setattr(step_graphs, "CudaMemory", Memory)
         patch.setattr(Trainer, "_autocast", lambda self: nullcontext())  # it knows no meta device
         patch.setattr(builders, "_on_gpu", lambda params: True)
         patch.setattr(Operator, "choose", choose)

@@ -156,11 +156,19 @@ def test_mistakes_are_one_line_and_exit_code_2(run, tmp_path, capsys):
 
 
 def test_cuda_graphs_are_refused_by_name(run, tmp_path, capsys, tiny_overrides):
-    message = "train.cuda_graph needs a GPU, and this training is on cpu; set train.cuda_graph=false"
+    message = "train.cuda_graph needs a GPU, and this training is on cpu; set train.cuda_graph=auto"
     arguments = ["train", "--cuda-graph", "--out", tmp_path / "run", *tiny_overrides]
     assert message in error_of(capsys, *arguments)
     assert message in error_of(capsys, "train", "--resume", run, "--cuda-graph", "train.epochs=9")
-    assert not (tmp_path / "run").exists() and not Run(run).config().train.cuda_graph
+    assert not (tmp_path / "run").exists() and Run(run).config().train.cuda_graph == "auto"
+
+
+def test_cuda_graphs_are_asked_for_and_refused_on_the_command_line(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "_start_training", lambda options, overrides: seen.append(overrides))
+    for arguments in (["--cuda-graph"], ["--no-cuda-graph"], []):
+        assert cli.main(["train", *arguments]) == 0
+    assert seen == [["train.cuda_graph=true"], ["train.cuda_graph=false"], []]
 
 
 def test_no_validation_recordings_to_evaluate(tmp_path, capsys, tiny_overrides):

@@ -26,7 +26,7 @@ def test_defaults_are_the_published_settings():
     assert (config.train.epochs, config.train.batch_size) == (300, 8)
     assert (config.optimizer.name, config.optimizer.lr, config.optimizer.weight_decay) == ("adam", 1e-3, 0.0)
     assert (config.loss.boundary, config.loss.absolute, config.loss.relative) == (0.1, 0.8, 1.0)
-    assert (config.train.cuda_graph, config.train.compile) == (False, False)
+    assert (config.train.cuda_graph, config.train.compile) == ("auto", False)
 
 
 def test_every_field_is_described_and_every_number_bounded():

@@ -124,8 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--cuda-graph",
-        action="store_true",
-        help="start whole training steps as CUDA graphs, on one GPU: train.cuda_graph=true",
+        action=argparse.BooleanOptionalAction,
+        help="start whole training steps as CUDA graphs: train.cuda_graph=true or false (default: auto, on one GPU where "
+        "nothing forbids it)",
     )
     train.add_argument(
         "--compile",
@@ -217,7 +218,7 @@ def _use_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     overrides = list(options.overrides)
-    overrides += ["train.cuda_graph=true"] if options.cuda_graph else []
+    overrides += [] if options.cuda_graph is None else [f"train.cuda_graph={str(options.cuda_graph).lower()}"]
     overrides += ["train.compile=true"] if options.compile else []
     if options.data is not None:
         own = [] if options.config or options.resume else ["data.name=folder"]

@@ -202,10 +202,10 @@ class TrainConfig(Section):
         False, description="Put recordings of similar length into a batch: less padding, less random batches."
     )
     pad_multiple: Count = Field(16, description="Batches are padded to a multiple of this many frames.")
-    cuda_graph: bool = Field(
-        False,
+    cuda_graph: Literal["auto", True, False] = Field(
+        "auto",
         description="Start whole training steps as CUDA graphs; batches are padded further, to few lengths. "
-        "Takes more memory. For one GPU, without accumulate and compile.",
+        "Takes more memory. auto: on one GPU, without accumulate and compile; true: an error elsewhere.",
     )
     compile: bool = Field(False, description="Train the network through torch.compile.")
     device: str = Field("auto", description="Device of torch ('cpu', 'cuda', 'cuda:1'); auto: a GPU if any.")

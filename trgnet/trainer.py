@@ -79,7 +79,7 @@ from .predictor import Predictor, pick_device
 from .processes import Processes
 from .progress import TrainingProgress
 from .runs import Run, RunInfo, build_model, default_folder, one_line
-from .step_graphs import StepGraphs, check_graphs
+from .step_graphs import StepGraphs, graph_obstacle, uses_graphs
 
 SELECTED_BY = "refined/f1@50"
 """The score whose maximum makes an epoch the best one."""
@@ -225,7 +225,7 @@ class Trainer:
         self.device = pick_device(settings.device, option="train.device")
         if settings.precision == "fp16" and self.device.type == "cpu":
             raise UserError("train.precision=fp16 needs a GPU; on a CPU use train.precision=bf16 or fp32")
-        check_graphs(settings, self.device, self.processes)
+        self.uses_graphs = uses_graphs(settings, self.device, self.processes)
         half = AUTOCAST[settings.precision]
         verify_once(self.device, torch.float32, *([half] if half else []))
         split = split_dataset(dataset, config)
@@ -249,13 +249,13 @@ class Trainer:
         self.loss = self._loss(dataset).to(self.device)
         self.joint_graph = dataset.text.joint_graph().to(self.device)
         self.optimizer = build_optimizer(
-            self.model.parameters(), **config.optimizer.model_dump(), capturable=settings.cuda_graph
+            self.model.parameters(), **config.optimizer.model_dump(), capturable=self.uses_graphs
         )
         self.steps_per_epoch = math.ceil(len(self.batches) / settings.accumulate)
         self.schedule, self.exponent = self._schedule(), self._exponent()
         self.gated = isinstance(self.optimizer, (LCAM, GatedSMES))  # the loss decides on how it steps
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
-        self.graphs = StepGraphs(self._whole_step, self.device) if settings.cuda_graph else None
+        self.scaler = self._scaler()
+        self.graphs = StepGraphs(self._whole_step, self.device, self._repair) if self.uses_graphs else None
 
         self.epoch, self.step = 0, 0  # that are behind
         self.watch: LossWatch | None = None  # of the epoch that has begun
@@ -377,6 +377,8 @@ class Trainer:
     def _train_epochs(self) -> None:
         epochs = self.config.train.epochs
         with ExitStack() as stack:
+            if self.graphs is not None:
+                stack.callback(self.graphs.release)
             writer = stack.enter_context(self._writer()) if self.processes.first else None
             progress = stack.enter_context(TrainingProgress(self.console, epochs, self.epoch))
             while self.epoch < epochs:
@@ -507,6 +509,14 @@ class Trainer:
         terms = self._backward(batch)
         self._update()
         return terms
+
+    def _repair(self) -> None:
+        """Forget what the optimizer and the scaler remember of a step that never happened on the device."""
+        load_training_state(self.schedule, training_state(self.schedule))
+        if self.exponent is not None:
+            self.exponent.step(self.step)
+        scaler, self.scaler = self.scaler, self._scaler()
+        self.scaler.load_state_dict(scaler.state_dict())
 
     def _backward(self, batch: Batch, parts: int = 1) -> dict[str, Tensor]:
         """Add the gradient of a batch on the device, one of `parts` whose mean is taken; returns its losses."""
@@ -753,9 +763,12 @@ class Trainer:
         )
         self.console.out(
             f"{self.info.dataset}: {counts} recordings; {parameters:,} parameters; {device}, "
-            f"{settings.precision}; {task}",
+            f"{settings.precision}{', CUDA graphs' if self.uses_graphs else ''}; {task}",
             highlight=False,
         )
+        if settings.cuda_graph == "auto" and self.device.type == "cuda" and not self.uses_graphs:
+            reason, _ = graph_obstacle(settings, self.device, self.processes)
+            self.console.out(f"steps are not recorded as CUDA graphs: {reason}", highlight=False)
 
     # Parts
 
@@ -778,13 +791,16 @@ class Trainer:
         return DataLoader(
             data,
             batch_sampler=self.batches,
-            collate_fn=Collate(settings.pad_multiple, buckets=settings.cuda_graph),
+            collate_fn=Collate(settings.pad_multiple, buckets=self.uses_graphs),
             num_workers=settings.workers,
             worker_init_fn=ignore_signals,
             persistent_workers=settings.workers > 0,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # its own, so that an epoch's start draws nothing from torch's
         )
+
+    def _scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.device.type, enabled=self.config.train.precision == "fp16")
 
     def _loss(self, dataset: Dataset) -> TRGLoss:
         weights, settings = self.info.class_weights, self.config.loss

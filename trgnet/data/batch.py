@@ -15,8 +15,8 @@ from .recording import Recording
 
 __all__ = ["Batch", "Segments", "bucket", "collate", "segments_of"]
 
-SEGMENT_MULTIPLE = 8
-"""What the number of segments is a multiple of in batches of few sizes."""
+FEWEST_SEGMENTS = 256
+"""Least number of segments in batches of few sizes: those that are empty cost next to nothing."""
 
 Container = TypeVar("Container", "Segments", "Batch")
 
@@ -105,6 +105,11 @@ def bucket(size: int, multiple: int) -> int:
     return -(-count // step) * step * multiple
 
 
+def padded_segments(count: int) -> int:
+    """`count` segments rounded up to one of few numbers, the powers of two from `FEWEST_SEGMENTS`."""
+    return max(FEWEST_SEGMENTS, 1 << (count - 1).bit_length())
+
+
 def _copy(container: Container, source: Container) -> None:
     for field in fields(container):
         value = getattr(container, field.name)
@@ -133,7 +138,7 @@ def collate(
             `IGNORE` everywhere, no boundaries, no segments.
         pad_multiple: T is the longest recording's length rounded up to a multiple of this.
         pad_to: T itself, instead of `pad_multiple`.
-        buckets: whether T and S are rounded up further, see :func:`bucket`, so that batches come in few sizes.
+        buckets: whether batches come in few sizes: T is rounded up further, see :func:`bucket`, and S to a power of two.
 
     Raises:
         ValueError: no recordings, different (C, V), or a `pad_to` shorter than the longest recording.
@@ -155,7 +160,7 @@ def collate(
             boundaries[index, real] = recording.boundaries()
             segments += [(index, *segment) for segment in segments_of(recording.labels)]
     if buckets:
-        missing = bucket(len(segments), SEGMENT_MULTIPLE) - len(segments)
+        missing = padded_segments(len(segments)) - len(segments)
         segments += [(count - 1, frames, 0, IGNORE)] * missing
     # A copy in any case: one row's transpose counts as contiguous, and its columns would be 4 apart.
     columns = (
