@@ -189,7 +189,7 @@ def loss(
 
 
 def _segments(labels: Tensor) -> Tensor:
-    """Runs of one label in (N, T) labels, found frame by frame: batch, start, length, label (4, S)."""
+    """Runs of one label in (N, T) labels, found frame by frame: batch, start, length, label (4, S), on the host."""
     runs: list[list[int]] = []
     for n, sequence in enumerate(labels):
         previous = None
@@ -203,6 +203,7 @@ def _segments(labels: Tensor) -> Tensor:
 
 
 def _absolute_loss(f: Tensor, labels: Tensor, embeddings: Tensor, logit_scale: Tensor) -> Tensor:
+    labels = labels.to(f.device)
     text = functional.normalize(embeddings[labels], dim=1)
     logits = logit_scale * functional.normalize(f, dim=1) @ text.T
     target = torch.softmax(10 * (labels.unsqueeze(1) == labels).to(f.dtype), dim=1)

@@ -2,7 +2,8 @@
 
     python tests/moment_kernels.py ARCH
 
-For each variant: spilled bytes, registers, float64 instructions, and how many loads and stores of 16 bytes it has.
+For each variant: spilled bytes, registers, float64 instructions, and how many loads and stores of 16 bytes it has. For
+the loss gate alone, by kind of average: its floating-point instructions in PTX.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trgnet.kernels.launch import Launch, record_launches
+from trgnet.kernels.launch import Launch, kernel, launch, record_launches, tl
+from trgnet.kernels.loss_gate import AVERAGES, observe
 from trgnet.kernels.moment_update import Moments, MomentTable
 
 from bench.compiled import ARCHITECTURES, Job, _compiled, _facts, _tool
@@ -27,6 +29,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "smes, kahan": dict(dtypes=(HALF, FLOAT, FLOAT, HALF), form="average", rounding="kahan"),
     "smes, stochastic": dict(dtypes=(BRAIN, BRAIN, BRAIN, None), form="average", rounding="stochastic"),
 }
+
+
+@kernel
+def _gate_kernel(control_ptr, history_ptr, loss_ptr, window, share, KIND: tl.constexpr):
+    mean, rest, count = tl.load(control_ptr), tl.load(control_ptr + 1), tl.load(control_ptr + 2)
+    phase, place = tl.load(control_ptr + 3), tl.load(control_ptr + 6)
+    new = observe(mean, rest, count, phase, place, tl.load(loss_ptr), history_ptr, window, share, KIND)
+    for i in tl.static_range(5):
+        tl.store(control_ptr + i, new[i])
+
+
+def gate_instructions(arch: str, average: str) -> list[str]:
+    """Floating-point instructions of the gate alone."""
+    control, loss = (torch.empty(shape, device="meta") for shape in ((8,), ()))
+    history = torch.empty(10, device="meta") if average == "window" else None
+    with record_launches(ARCHITECTURES[arch]) as launches:
+        launch(_gate_kernel, (1,), control, history, loss, 10, 0.25, KIND=average)
+    ptx = _compiled(launches[0], ARCHITECTURES[arch]).asm["ptx"]
+    return sorted(set(re.findall(r"^\s*(?:@!?%p\d+ )?([a-z]\S*\.f(?:16|32|64))\b", ptx, re.M)))
 
 
 def recorded(arch: str, dtypes: tuple, aligned: bool = True, size: int = 5000, **options: Any) -> Launch:
@@ -73,4 +94,5 @@ if __name__ == "__main__":
         recorded(arch, size=size, **VARIANTS["gated"]).compilation for size in (1, 16, 1000, 1024, 4_000_000)
     }
     found["compilations"] = {"count": len(sizes)}
+    found["gate"] = {average: gate_instructions(arch, average) for average in AVERAGES}
     print(json.dumps(found))

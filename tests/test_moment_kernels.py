@@ -19,8 +19,11 @@ LOADS = {  # parameter, gradient, first and second moment, rounding error
 }
 
 
+EXACTLY_ROUNDED = ("add", "sub", "div.rn", "setp", "selp", "abs", "min", "max", "cvt")
+
+
 @pytest.fixture(scope="module")
-def kernels() -> dict[str, dict[str, int]]:
+def kernels() -> dict[str, dict]:
     return json.loads(output_of("-m", "tests.moment_kernels", "sm_90"))
 
 
@@ -40,3 +43,12 @@ def test_full_tiles_move_in_16_byte_accesses(kernels: dict):
 
 def test_no_size_compiles_anew(kernels: dict):
     assert kernels["compilations"]["count"] == 1
+
+
+def test_the_gate_has_nothing_that_rounds_otherwise_than_pytorch(kernels: dict):
+    """PyTorch rounds every operation once, to nearest: no multiplication that could be fused with an addition, and no
+    approximate division."""
+    for average, instructions in kernels["gate"].items():
+        assert {"sub.f32", "div.rn.f32"} <= set(instructions), average
+        others = [name for name in instructions if not name.startswith(EXACTLY_ROUNDED) or "approx" in name]
+        assert not others, (average, others)

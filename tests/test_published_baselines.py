@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from bench import published_data, published_metrics
+from bench import published, published_data, published_metrics, step
+from bench.operators import Size
 from trgnet.data import IGNORE
 from trgnet.data.labels import boundaries_of
 from trgnet.data.shared_layout import SHARED_DATASETS
@@ -138,3 +140,18 @@ def test_labels_and_boundaries(frames: int) -> None:
     np.testing.assert_array_equal(kept, labels[:: LARA.stride])
     np.testing.assert_array_equal(boundaries, boundaries_of(kept))
     assert boundaries.dtype == np.float32
+
+
+def test_a_training_step_keeps_to_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device stands for a GPU. Only the labels of segments are found on the host."""
+    size = Size(n=2, t=300, k=4, d=16)
+    labels = step._batch(size).labels
+    assert len(published._segments(labels).T) > 4
+    monkeypatch.setattr(step, "DEVICE", torch.device("meta"))
+    network = step.Network("published", size)
+    read = published._segments
+    monkeypatch.setattr(published, "_segments", lambda on_device: read(labels))
+    terms = network.backward()
+    network.optimizer.step()
+    assert {term.device.type for term in terms.values()} == {"meta"}
+    assert all(p.grad.device.type == "meta" for p in network.network.parameters())
