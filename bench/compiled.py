@@ -71,8 +71,6 @@ VARIED = ("published", "unaligned")
 
 def _variants() -> dict[str, dict[str, dict[int, Any]]]:
     """Return operator -> variant -> positions and values of the arguments that differ from the network's."""
-    moments = [torch.empty(64, 64, 3, 3), torch.empty(64 * 64 + 7)]
-    lcam = {3: [], 15: "sum"}
     return {
         "multiscale_graph_conv": {"no statistics": {4: None}},
         "dynamic_graph_conv": {"no statistics": {3: None, 4: None}},
@@ -85,15 +83,52 @@ def _variants() -> dict[str, dict[str, dict[int, Any]]]:
         },
         "fusion_layer": {"no dropout": {7: None}},
         "dilated_residual": {"no dropout": {6: None}, "dilation 1": {7: 1}},
-        "moment_update": {
-            "LCAM": lcam,
-            "LCAM, window": lcam | {10: torch.empty(10), 16: "window", 18: True},
-            "SMES": {15: "average", 9: None, 11: None},
-            "GatedSMES, ema": {16: "ema", 17: 0.1},
-            "Kahan": {4: moments, 19: "kahan"},
-            "stochastic": {19: "stochastic"},
-        },
+        "moment_update": _moment_variants(),
     }
+
+
+def _moment_variants() -> dict[str, dict[int, Any]]:
+    """The branches of the optimizers' kernel. Weight decay, nesterov, maximize and exponents are numbers that it reads."""
+
+    def tensors(dtype: torch.dtype = torch.float32, offset: int = 0) -> list[Tensor]:
+        flat = torch.empty(64 * 64 * 9 + offset, dtype=dtype, device="meta")[offset:]
+        return [flat.view(64, 64, 3, 3), flat[: 64 * 64 + 7]]
+
+    params, grads, first, second, spare = range(5)
+    control, history, loss, clip, grad_scale, found_inf, form, average, share, same, rounding = range(9, 20)
+    lcam, smes = {second: [], form: "sum"}, {control: None, loss: None, form: "average"}
+    plain = {clip: None, grad_scale: None, found_inf: None}
+    window, ema = {history: torch.empty(10), average: "window"}, {average: "ema", share: 0.1}
+    variants = {
+        "LCAM": lcam,
+        "LCAM, plain": lcam | plain,
+        "LCAM, no loss": lcam | plain | {loss: None},
+        "LCAM, window": lcam | window | {same: True},
+        "LCAM, ema": lcam | ema,
+        "SMES": smes,
+        "SMES, plain": smes | plain,
+        "GatedSMES, window": window,
+        "GatedSMES, ema": ema | {same: True},
+        "GatedSMES, sum": {form: "sum"},
+        "GatedSMES, no second moment": {second: []},
+    }
+    for name, kind in (("LCAM", lcam), ("SMES", smes), ("GatedSMES", {})):
+
+        def states(dtype: torch.dtype, kind: dict[int, Any] = kind) -> dict[int, Any]:
+            return {k: tensors(dtype) for k in (first, second) if kind.get(k) != []}
+
+        unaligned = {k: tensors(offset=1) for k in (params, grads, first, second) if kind.get(k) != []}
+        variants[f"{name}, unaligned"] = kind | unaligned
+        for dtype in (torch.float16, torch.bfloat16):
+            half = {params: tensors(dtype), grads: tensors(dtype)}
+            label = str(dtype).removeprefix("torch.")
+            variants[f"{name}, {label}"] = kind | half | states(torch.float32)
+            kahan = {spare: tensors(dtype), rounding: "kahan"}
+            variants[f"{name}, {label}, Kahan"] = kind | half | states(torch.float32) | kahan
+        stochastic = {rounding: "stochastic"}
+        variants[f"{name}, bfloat16 states, stochastic"] = kind | states(torch.bfloat16) | stochastic
+        variants[f"{name}, bfloat16, stochastic"] = kind | half | states(torch.bfloat16) | stochastic
+    return variants
 
 
 VARIANTS = _variants()
@@ -164,7 +199,7 @@ def launches(job: Job) -> list[Launch]:
     dtype, matmul = PRECISIONS[job.precision]
     changes = {} if job.variant == PLAIN else VARIANTS[job.operator][job.variant]
     forms = [changed(form, changes) for form in make_case(job.operator, job.size).forms]
-    narrow = {*operator(job.operator).triton.narrowed, *HALF_ARGUMENTS.get(job.operator, ())}
+    narrow = {*operator(job.operator).triton.narrowed, *HALF_ARGUMENTS.get(job.operator, ())} - changes.keys()
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(matmul)
     try:

@@ -124,7 +124,9 @@ def observe(mean, rest, count, phase, place, loss, history_ptr, window, share, K
     """(average, rest, count, phase, place) after ``loss``; the window itself is not written."""
     distance = loss - mean - rest
     if KIND == "ema":
-        change = tl.where(count == 0, distance, tl.div_rn(distance, tl.div_rn(1.0, tl.cast(share, tl.float32))))
+        change = tl.where(
+            count == 0, distance, tl.div_rn(distance, tl.div_rn(1.0, tl.cast(share, tl.float32)))
+        )
     else:
         change = tl.div_rn(distance, count + 1)
     new_place, new_count = place, count + 1

@@ -31,9 +31,11 @@ from __future__ import annotations
 
 import math
 import struct
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from functools import reduce
+from operator import attrgetter, or_
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -811,22 +813,26 @@ class MomentTable:
         addresses = _addresses(moments)
         if addresses == self._addresses:
             return True
-        gradients, before = addresses[_GRADS], self._addresses[_GRADS]
-        others = [now == then for k, (now, then) in enumerate(zip(addresses, self._addresses)) if k != _GRADS]
-        if not move_gradients or not all(others) or _misaligned(gradients) != _misaligned(before):
+        others = zip(
+            addresses[:_GRADS] + addresses[_GRADS + 1 :],
+            self._addresses[:_GRADS] + self._addresses[_GRADS + 1 :],
+        )
+        if not move_gradients or any(now != then for now, then in others):
             return False
+        if not _all_aligned(addresses[_GRADS]) or not _all_aligned(self._addresses[_GRADS]):
+            return False  # they may be for another variant of the kernel
         self._addresses = addresses
-        self._move_gradients(gradients)
+        self._move_gradients(addresses[_GRADS])
         return True
 
     def _move_gradients(self, addresses: list[int]) -> None:
-        addresses = list(addresses)
-        for (k, i), stand_in in self.stand_ins.items():
-            if k == _GRADS:
-                addresses[i] = stand_in.data_ptr()
+        stand_ins = {i: t.data_ptr() for (k, i), t in self.stand_ins.items() if k == _GRADS}
+        if stand_ins:
+            addresses = [stand_ins.get(i, address) for i, address in enumerate(addresses)]
         for part in self.parts:
-            count, moved = len(part.indices), self._pinned([addresses[i] for i in part.indices])
-            part.table[_GRADS * count : (_GRADS + 1) * count].copy_(moved, non_blocking=True)
+            count = len(part.indices)
+            own = addresses if count == len(addresses) else [addresses[i] for i in part.indices]
+            part.table[_GRADS * count : (_GRADS + 1) * count].copy_(self._on_host(own), non_blocking=True)
 
     def _dense(
         self, k: int, tensors: Sequence[Optional[Tensor]], layouts: Sequence[Tensor]
@@ -850,12 +856,13 @@ class MomentTable:
 
     def _on_device(self, numbers: list[int]) -> Tensor:
         # A graph that the copy is captured into does it again at every replay.
-        self.hosts.append(self._pinned(numbers))
+        self.hosts.append(self._on_host(numbers))
         return self.hosts[-1].to(self.device, non_blocking=True)
 
-    def _pinned(self, numbers: list[int]) -> Tensor:
+    def _on_host(self, numbers: list[int]) -> Tensor:
+        host = torch.frombuffer(array("q", numbers), dtype=torch.int64)
         # PyTorch hands out pinned memory again only once the copy from it is done.
-        return torch.tensor(numbers, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        return host.pin_memory() if self.device.type == "cuda" else host
 
     def launch(
         self,
@@ -909,8 +916,8 @@ def _addresses(moments: Moments) -> list[list[int]]:
     return [list(map(Tensor.data_ptr, tensors)) for tensors in lists]
 
 
-def _misaligned(addresses: list[int]) -> list[int]:
-    return [address & 15 for address in addresses]
+def _all_aligned(addresses: list[int]) -> bool:
+    return reduce(or_, addresses, 0) % 16 == 0
 
 
 def _address(tensor: Optional[Tensor]) -> int:

@@ -245,7 +245,7 @@ class MomentOptimizer(torch.optim.Optimizer):
             loss = returned if loss is None else loss
         self._check_capture(loss, clip)
         with torch.no_grad():
-            grads = [p.grad for p in self._params()]
+            grads = [p.grad for group in self.param_groups for p in group["params"]]
             participants = self._take_part(grads)
             observed = self._take_loss(loss)
             if self.defaults["fused"] and participants.entries:
@@ -278,7 +278,11 @@ class MomentOptimizer(torch.optim.Optimizer):
     def _take_part(self, grads: Sequence[Tensor | None]) -> Participants:
         """The parameters that have a gradient, collected anew only if they, their groups or their state changed."""
         known = self._participants
-        if self._counts is None or known is None or not known.are_current(self.param_groups, grads, self.state):
+        if (
+            self._counts is None
+            or known is None
+            or not known.are_current(self.param_groups, grads, self.state)
+        ):
             self._refuse_sparse(grads)
             params = self._params()
             stepping = [i for i, grad in enumerate(grads) if grad is not None]
@@ -355,7 +359,9 @@ class MomentOptimizer(torch.optim.Optimizer):
         if plain:
             return Moments(params, grads, first, second, spare)
         grads = list(map(_matching, grads, params))
-        return Moments(*([_computed(t) for t in tensors] for tensors in (params, grads, first, second, spare)))
+        return Moments(
+            *([_computed(t) for t in tensors] for tensors in (params, grads, first, second, spare))
+        )
 
     # In PyTorch: one by one, or lists.
 
@@ -455,7 +461,7 @@ class MomentOptimizer(torch.optim.Optimizer):
         # Replays read a captured table, and copy it again from the host's memory: it must stay as it is.
         fixed = capturing() or self._is_captured(table)
         if table is None or not table.follow(moments, move_gradients=not fixed):
-            moments, table = self._new_table(participants, grads)
+            moments, table = self._new_table(grads)
         if capturing() and not self._is_captured(table):
             self._captured.append(table)
         self._refresh_rows(table.device)
@@ -479,10 +485,11 @@ class MomentOptimizer(torch.optim.Optimizer):
     def _is_captured(self, table: MomentTable | None) -> bool:
         return any(table is captured for captured in self._captured)
 
-    def _new_table(self, participants: Participants, grads: Sequence[Tensor | None]) -> tuple[Moments, MomentTable]:
+    def _new_table(self, grads: Sequence[Tensor | None]) -> tuple[Moments, MomentTable]:
         """The tensors of a step, of which something else than the gradients moved, and the table of their addresses."""
-        self._refuse_sparse(grads)
-        self._plain = all(map(_is_plain, participants.params))
+        if self._table is not None:  # state may have moved, too
+            self._participants = None
+        participants = self._take_part(grads)
         moments = self._all_moments(participants, grads)
         tensors = [t for tensors in moments for t in tensors if t is not None]
         reason = fused_obstacle(tensors) or self._elsewhere(tensors[0].device)

@@ -42,7 +42,7 @@ class Participants:
     ) -> None:
         self._lists = [list(group["params"]) for group in groups]
         self._present = _present(grads)
-        self._keys, self._states = list(state), list(state.values())
+        self._states = list(state.values())
         members = [(i, p) for i, params in enumerate(self._lists) for p in params]
         self.entries = [
             Entry(index, group, p, state[p])
@@ -64,7 +64,6 @@ class Participants:
             _present(grads) == self._present
             and len(groups) == len(self._lists)
             and all(_same(group["params"], known) for group, known in zip(groups, self._lists))
-            and _same(state, self._keys)
             and _same(state.values(), self._states)
             and _same(self.tensors("step"), self._steps)
         )

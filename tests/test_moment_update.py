@@ -172,6 +172,7 @@ def test_list_functions_equal_the_loop_bit_for_bit(mix: tuple, case: str, number
     dtype, state_dtype, rounding = mix
     form, second, hyper = CASES[case]
     if not numbers:
+
         def on_device(x: float | tuple) -> Tensor | tuple:
             if isinstance(x, tuple):
                 return tuple(map(on_device, x))
@@ -187,7 +188,9 @@ def test_list_functions_equal_the_loop_bit_for_bit(mix: tuple, case: str, number
         params, gradients, first, [v.abs() for v in squares] if second else [],
         [torch.zeros_like(p) for p in params] if rounding == "kahan" else [],
     )  # fmt: skip
-    s = step_scalars(hyper, form, second, 0.0 if numbers else torch.tensor(0.0, device=DEVICE), (2.0, -0.3, 0.0))
+    s = step_scalars(
+        hyper, form, second, 0.0 if numbers else torch.tensor(0.0, device=DEVICE), (2.0, -0.3, 0.0)
+    )
     draws = [Draw(5, 2.0, i) if rounding == "stochastic" else None for i in range(len(params))]
     grads = [g.clone() for g in moments.grads]
     expected = list(update_one_by_one(moments, s, draws))
