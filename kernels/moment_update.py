@@ -804,9 +804,9 @@ class MomentTable:
         Gradients are usually made anew in every step. With ``move_gradients`` the table takes up their new addresses, if
         nothing else has changed: one small copy. Without it they count as changed.
 
-        This looks at every tensor in every step, so it looks at little. Gradients are other tensors in each step: they are
-        compared by address, dtype, strides and size. Parameters and moments are compared by address: where their dtype or
-        strides change, torch moves them to other memory.
+        This looks at every tensor in every step, so it looks at little. Gradients are compared by address, dtype, strides and
+        size. Parameters and moments are compared by address: where their dtype or strides change, torch moves them to other
+        memory. A parameter that becomes another view of its memory shows in its gradient, which has its shape and strides.
         """
         if _layouts(moments.grads) != self._gradient_layouts:
             return False

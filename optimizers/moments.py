@@ -308,6 +308,10 @@ class MomentOptimizer(torch.optim.Optimizer):
         self._counts = None
 
     @property
+    def _has_spare(self) -> bool:
+        return self._settings["rounding"] == "kahan"
+
+    @property
     def _counted(self) -> tuple[str, ...]:
         return COUNTS if self.form == "product" else COUNTS[:1]
 
@@ -344,24 +348,20 @@ class MomentOptimizer(torch.optim.Optimizer):
 
     def _moments(self, entries: list[Entry]) -> Moments:
         """The tensors of these entries."""
-        first, second, spare = (
-            [e.state.get(name) for e in entries]
-            for name in (self.first_name, self.second_name, self.spare_name)
-        )
-        params, grads = zip(*((e.param, e.param.grad) for e in entries))
+        params, grads = [e.param for e in entries], [e.param.grad for e in entries]
+        first = [e.state[self.first_name] for e in entries]
+        second = [e.state[self.second_name] for e in entries] if self.second else []
+        spare = [e.state.get(self.spare_name) for e in entries] if self._has_spare else []
         return self._computed(Moments(params, grads, first, second, spare), all(map(_is_plain, params)))
 
     def _computed(self, moments: Moments, plain: bool) -> Moments:
         """The tensors that are computed with: local parts of distributed ones, complex ones as pairs of real numbers."""
-        params, grads, first, second, spare = moments
-        second = second if self.second else []
-        spare = spare if any(t is not None for t in spare) else []
+        if all(t is None for t in moments.spare):
+            moments = moments._replace(spare=[])
         if plain:
-            return Moments(params, grads, first, second, spare)
-        grads = list(map(_matching, grads, params))
-        return Moments(
-            *([_computed(t) for t in tensors] for tensors in (params, grads, first, second, spare))
-        )
+            return moments
+        moments = moments._replace(grads=list(map(_matching, moments.grads, moments.params)))
+        return Moments(*([_computed(t) for t in tensors] for tensors in moments))
 
     # In PyTorch: one by one, or lists.
 
@@ -458,11 +458,12 @@ class MomentOptimizer(torch.optim.Optimizer):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         moments = self._all_moments(participants, grads)
         table = self._table
-        # Replays read a captured table, and copy it again from the host's memory: it must stay as it is.
-        fixed = capturing() or self._is_captured(table)
+        recording = capturing()
+        # Replays read a captured table, and copy it again from the host's memory: it must stay, and stay as it is.
+        fixed = recording or self._is_captured(table)
         if table is None or not table.follow(moments, move_gradients=not fixed):
             moments, table = self._new_table(grads)
-        if capturing() and not self._is_captured(table):
+        if recording and not self._is_captured(table):
             self._captured.append(table)
         self._refresh_rows(table.device)
         clip = None if clip is None else _scalar_on(clip, table.device, "clip")
@@ -477,8 +478,7 @@ class MomentOptimizer(torch.optim.Optimizer):
         """The tensors of a step."""
         first = participants.tensors(self.first_name)
         second = participants.tensors(self.second_name) if self.second else []
-        kahan = self._settings["rounding"] == "kahan"
-        spare = participants.optional_tensors(self.spare_name) if kahan else []
+        spare = participants.optional_tensors(self.spare_name) if self._has_spare else []
         moments = Moments(participants.params, participants.gradients(grads), first, second, spare)
         return self._computed(moments, self._plain)
 
@@ -539,9 +539,11 @@ class MomentOptimizer(torch.optim.Optimizer):
                     self._known_rows[i][j] = value
 
     def _are_constant(self, settings: list[Any], rows: list[list[Any]]) -> bool:
-        """Whether the rows change only if a setting is replaced by another object: no list, no tensor but in its place."""
+        """Whether the rows change only if a setting is replaced by another object: plain numbers, and tensors in their places."""
         return not any(isinstance(x, list) for x in settings) and all(
-            not isinstance(x, Tensor) or x.data_ptr() == self._address_in_rows(i, j)
+            x.data_ptr() == self._address_in_rows(i, j)
+            if isinstance(x, Tensor)
+            else isinstance(x, (int, float))
             for i, row in enumerate(rows)
             for j, x in enumerate(row)
         )

@@ -65,6 +65,7 @@ class Participants:
             and len(groups) == len(self._lists)
             and all(_same(group["params"], known) for group, known in zip(groups, self._lists))
             and _same(state.values(), self._states)
+            and all(self._used)  # an empty one is to be made
             and _same(self.tensors("step"), self._steps)
         )
 

@@ -86,6 +86,18 @@ def drop_state(optimizer: torch.optim.Optimizer) -> None:
     optimizer.state.pop(first_of(optimizer)[0])
 
 
+def clear_state(optimizer: torch.optim.Optimizer) -> None:
+    first_of(optimizer)[1].clear()
+
+
+def shrink_parameter(optimizer: torch.optim.Optimizer) -> None:
+    """To a part of its own memory, and its moments with it."""
+    p, state = first_of(optimizer)
+    p.grad = None
+    for t in (p, *(t for t in state.values() if t.dim())):
+        t.data = t.data[:2]
+
+
 def replace_state(optimizer: torch.optim.Optimizer) -> None:
     p, state = first_of(optimizer)
     optimizer.state[p] = {name: 2 * t for name, t in state.items()}
@@ -127,7 +139,7 @@ EVENTS = {
     event.__name__: event
     for event in (
         move_parameter, transpose_parameter, narrow_parameter, replace_parameter, alias_parameter, move_moment,
-        replace_moment, replace_step, drop_state, replace_state, load_state, change_setting, change_setting_in_a_list,
+        replace_moment, replace_step, drop_state, clear_state, shrink_parameter, replace_state, load_state, change_setting, change_setting_in_a_list,
         change_setting_on_the_device, move_between_groups, add_group,
     )
 }  # fmt: skip
@@ -165,6 +177,20 @@ def test_a_step_after_a_change_is_that_of_an_optimizer_that_keeps_nothing(
             gradients(each, i + 2)
             each.step(loss=0.5 + i)
         assert_equal(tensors_of(optimizer), tensors_of(other))
+
+
+@each_class
+def test_every_setting_of_a_group_may_change_between_two_steps(make: Callable):
+    optimizer = make([nn.Parameter(torch.ones(3, device=DEVICE))], weight_decay=0.5)
+    changes = {"lr": 0.2, "momenta": (0.5, 0.6), "betas": (0.7, 0.8), "beta2": 0.9, "eps": 1e-3, "alpha": 0.7,
+               "dampening": 0.25, "weight_decay": 0.1, "decoupled_weight_decay": True, "maximize": True}  # fmt: skip
+    if isinstance(optimizer, LCAM):
+        changes["nesterov"] = True
+    for name in changes.keys() & optimizer.param_groups[0].keys():
+        gradients(optimizer, 0)
+        optimizer.step(loss=1.0)
+        optimizer.param_groups[0][name] = changes[name]
+        assert_steps_like_a_copy(optimizer, 1.0)
 
 
 def plain(p: Tensor, g: Tensor) -> Tensor:
