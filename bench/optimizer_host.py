@@ -37,7 +37,7 @@ from torch.optim import SGD, Adam
 from trgnet.kernels.moment_update import MomentTable
 from trgnet.optimizers import LCAM, SMES, GatedSMES
 
-from .test_optimizers import LOSS_GATED, OPTIONS, trg_net
+from .optimizers import LOSS_GATED, OPTIONS, trg_net
 
 FUSED = {"fused": True, **OPTIONS}
 LIVE = {"capturable": True, **FUSED}
