@@ -1,0 +1,156 @@
+"""Runs the Triton kernels of this package on CPU tensors: compiled for a GPU that is not there, and emulated.
+
+Triton's interpreter must be off, so this is for programs of their own (tests/emulated.py), not for the process of the tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.compiled import ARCHITECTURES, _compiled
+
+from .findings import Findings
+from .machine import launch
+from .memory import GlobalMemory
+from .numbers import Array
+
+# By name, as the package has a function of the name of one of them.
+LAUNCH, OPERATOR = (importlib.import_module(f"trgnet.kernels.{name}") for name in ("launch", "operator"))
+TARGET = ARCHITECTURES["sm_90"]
+
+
+@dataclass
+class Emulation:
+    """The launches of a block of code, and what was found in them."""
+
+    pointed: Sequence[Tensor] = ()
+    """Tensors whose addresses kernels read from a table of int64."""
+    change: Any = lambda ptx: ptx
+    """Called with the code of a kernel; what it returns runs instead."""
+    findings: dict[str, Findings] = field(default_factory=dict)
+    """By kernel."""
+
+    def launch(
+        self,
+        function: Any,
+        grid: tuple[int, ...],
+        *arguments: Any,
+        num_warps: int = 4,
+        num_stages: int = 1,
+        **constants: Any,
+    ) -> None:
+        """Run a kernel as :func:`trgnet.kernels.launch.launch` does."""
+        if 0 in grid:
+            return
+        described = LAUNCH._describe(function, arguments, constants, num_warps, num_stages)
+        ptx, shared = _code(described)
+        name = function.__name__.strip("_").removesuffix("_kernel")
+        findings = self.findings.setdefault(name, Findings())
+        memory = Tensors(findings, [*self.pointed, *(a for a in arguments if isinstance(a, Tensor))])
+        values = [memory.value(a) for a in arguments if a is not None]
+        launch(self.change(ptx), grid, values, memory.memory, shared=shared, warps=num_warps)
+        memory.write_back()
+
+    @property
+    def lines(self) -> list[str]:
+        """Every fault, one a line."""
+        return [line for name, findings in self.findings.items() for line in findings.lines(name)]
+
+
+@functools.lru_cache(maxsize=None)
+def _code(described: Any) -> tuple[str, int]:
+    """PTX of a launch, and the bytes of shared memory that a block asks for."""
+    compiled = _compiled(described, TARGET)
+    return compiled.asm["ptx"], compiled.metadata.shared
+
+
+@dataclass
+class Placed:
+    """The bytes of a tensor, or of several of one storage: where they are, here and there."""
+
+    start: int
+    content: Array
+    address: int = 0
+
+
+class Tensors:
+    """Tensors as global memory has them: what lies between the first and the last byte of a tensor, and guards."""
+
+    def __init__(self, findings: Findings, tensors: Sequence[Tensor]) -> None:
+        self.memory = GlobalMemory(findings)
+        extents: dict[int, tuple[int, int]] = {}
+        for tensor in tensors:
+            if tensor.numel():
+                storage = tensor.untyped_storage().data_ptr()
+                start, end = _extent(tensor)
+                known = extents.get(storage, (start, end))
+                extents[storage] = min(start, known[0]), max(end, known[1])
+        self.tensors = {t.untyped_storage().data_ptr(): t for t in tensors}
+        self.placed: dict[int, Placed] = {}
+        for storage, (start, end) in extents.items():
+            everything = _bytes(self.tensors[storage])
+            content = everything[start - storage : end - storage]
+            self.placed[storage] = Placed(start, content, self.memory.place(content, start))
+        for tensor in tensors:
+            if tensor.dtype == torch.int64 and tensor.numel():
+                self._relocate(tensor)
+
+    def value(self, argument: Any) -> int | float:
+        """What a kernel gets in the place of an argument."""
+        return self.address(argument) if isinstance(argument, Tensor) else argument
+
+    def address(self, tensor: Tensor) -> int:
+        """The address of a tensor; one without elements is nowhere."""
+        if not tensor.numel():
+            return 0
+        placed = self.placed[tensor.untyped_storage().data_ptr()]
+        return placed.address + tensor.data_ptr() - placed.start
+
+    def _relocate(self, table: Tensor) -> None:
+        """Replace addresses of tensors in a table by those that kernels get."""
+        moved = {t.data_ptr(): self.address(t) for t in self.tensors.values() if t.numel()}
+        placed = self.placed[table.untyped_storage().data_ptr()]
+        numbers = self.memory.read(placed.address, placed.content.nbytes).view(np.int64)
+        numbers[:] = [moved.get(int(number), number) for number in numbers]
+
+    def write_back(self) -> None:
+        """Copy what kernels wrote into the tensors."""
+        for placed in self.placed.values():
+            placed.content[:] = self.memory.read(placed.address, placed.content.nbytes)
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte and behind the last one."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    start = tensor.data_ptr()
+    return start, start + (last + 1) * tensor.element_size()
+
+
+def _bytes(tensor: Tensor) -> Array:
+    """The bytes of a tensor's storage, which they share."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
+
+
+@contextmanager
+def emulated(emulation: Emulation) -> Iterator[Emulation]:
+    """Within the block the backend ``triton`` runs on CPU tensors by emulation."""
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        enter(mock.patch.object(LAUNCH, "_forced_target", TARGET))
+        enter(mock.patch.object(OPERATOR, "obstacle", lambda *_: None))
+        for name, module in list(sys.modules.items()):
+            if name.startswith("trgnet.kernels.") and vars(module).get("launch") is LAUNCH.launch:
+                if module is not LAUNCH:
+                    enter(mock.patch.object(module, "launch", emulation.launch))
+        yield emulation
