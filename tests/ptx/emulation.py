@@ -8,9 +8,10 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -26,7 +27,9 @@ from .memory import GlobalMemory
 from .numbers import Array
 
 # By name, as the package has a function of the name of one of them.
-LAUNCH, OPERATOR = (importlib.import_module(f"trgnet.kernels.{name}") for name in ("launch", "operator"))
+LAUNCH, OPERATOR, MOMENTS = (
+    importlib.import_module(f"trgnet.kernels.{name}") for name in ("launch", "operator", "moment_update")
+)
 TARGET = ARCHITECTURES["sm_90"]
 
 
@@ -34,12 +37,10 @@ TARGET = ARCHITECTURES["sm_90"]
 class Emulation:
     """The launches of a block of code, and what was found in them."""
 
-    pointed: Sequence[Tensor] = ()
-    """Tensors whose addresses kernels read from a table of int64."""
-    change: Any = lambda ptx: ptx
-    """Called with the code of a kernel; what it returns runs instead."""
     findings: dict[str, Findings] = field(default_factory=dict)
     """By kernel."""
+    pointed: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)
+    """By address: tensors that kernels may find in a table of addresses."""
 
     def launch(
         self,
@@ -55,12 +56,35 @@ class Emulation:
             return
         described = LAUNCH._describe(function, arguments, constants, num_warps, num_stages)
         ptx, shared = _code(described)
-        name = function.__name__.strip("_").removesuffix("_kernel")
-        findings = self.findings.setdefault(name, Findings())
-        memory = Tensors(findings, [*self.pointed, *(a for a in arguments if isinstance(a, Tensor))])
-        values = [memory.value(a) for a in arguments if a is not None]
-        launch(self.change(ptx), grid, values, memory.memory, shared=shared, warps=num_warps)
-        memory.write_back()
+        present = [a for a in arguments if a is not None]
+        self.run(function.__name__.strip("_").removesuffix("_kernel"), ptx, grid, present, shared, num_warps)
+
+    def run(
+        self,
+        name: str,
+        ptx: str,
+        grid: tuple[int, ...],
+        arguments: Sequence[Any],
+        shared: int,
+        warps: int,
+        keep: bool = True,
+    ) -> Findings:
+        """Run the code; without ``keep`` neither what it writes nor what is found in it is kept."""
+        findings = self.findings.setdefault(name, Findings()) if keep else Findings()
+        pointed = [tensor for reference in self.pointed.values() if (tensor := reference()) is not None]
+        tensors = Tensors(findings, pointed, [a for a in arguments if isinstance(a, Tensor)])
+        values = [tensors.address(a) if isinstance(a, Tensor) else a for a in arguments]
+        launch(ptx, grid, values, tensors.memory, shared=shared, warps=warps)
+        if keep:
+            tensors.write_back()
+        return findings
+
+    def address(self, tensor: Tensor | None) -> int:
+        """The address of a tensor for a table, see ``trgnet.kernels.moment_update``."""
+        if tensor is None:
+            return 0
+        self.pointed[tensor.data_ptr()] = weakref.ref(tensor)
+        return tensor.data_ptr()
 
     @property
     def lines(self) -> list[str]:
@@ -87,8 +111,9 @@ class Placed:
 class Tensors:
     """Tensors as global memory has them: what lies between the first and the last byte of a tensor, and guards."""
 
-    def __init__(self, findings: Findings, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, findings: Findings, pointed: Sequence[Tensor], arguments: Sequence[Tensor]) -> None:
         self.memory = GlobalMemory(findings)
+        tensors = [*pointed, *arguments]
         extents: dict[int, tuple[int, int]] = {}
         for tensor in tensors:
             if tensor.numel():
@@ -98,31 +123,33 @@ class Tensors:
                 extents[storage] = min(start, known[0]), max(end, known[1])
         self.tensors = {t.untyped_storage().data_ptr(): t for t in tensors}
         self.placed: dict[int, Placed] = {}
+        """By storage."""
+        self.tables: dict[int, int] = {}
+        """Addresses of tables here, by theirs."""
         for storage, (start, end) in extents.items():
             everything = _bytes(self.tensors[storage])
             content = everything[start - storage : end - storage]
             self.placed[storage] = Placed(start, content, self.memory.place(content, start))
-        for tensor in tensors:
-            if tensor.dtype == torch.int64 and tensor.numel():
-                self._relocate(tensor)
-
-    def value(self, argument: Any) -> int | float:
-        """What a kernel gets in the place of an argument."""
-        return self.address(argument) if isinstance(argument, Tensor) else argument
+        addresses = {t.data_ptr(): self.address(t) for t in pointed if t.numel()}
+        for tensor in arguments:
+            if tensor.dtype == torch.int64 and tensor.numel() and addresses:
+                self._relocate(tensor, addresses)
 
     def address(self, tensor: Tensor) -> int:
         """The address of a tensor; one without elements is nowhere."""
         if not tensor.numel():
             return 0
+        if tensor.data_ptr() in self.tables:
+            return self.tables[tensor.data_ptr()]
         placed = self.placed[tensor.untyped_storage().data_ptr()]
         return placed.address + tensor.data_ptr() - placed.start
 
-    def _relocate(self, table: Tensor) -> None:
-        """Replace addresses of tensors in a table by those that kernels get."""
-        moved = {t.data_ptr(): self.address(t) for t in self.tensors.values() if t.numel()}
-        placed = self.placed[table.untyped_storage().data_ptr()]
+    def _relocate(self, table: Tensor, addresses: dict[int, int]) -> None:
+        """Replace addresses in a table by those that tensors have here. Kernels do not write to tables."""
+        placed = self.placed.pop(table.untyped_storage().data_ptr())
         numbers = self.memory.read(placed.address, placed.content.nbytes).view(np.int64)
-        numbers[:] = [moved.get(int(number), number) for number in numbers]
+        numbers[:] = [addresses.get(int(number), number) for number in numbers]
+        self.tables[table.data_ptr()] = placed.address
 
     def write_back(self) -> None:
         """Copy what kernels wrote into the tensors."""
@@ -149,6 +176,7 @@ def emulated(emulation: Emulation) -> Iterator[Emulation]:
         enter = stack.enter_context
         enter(mock.patch.object(LAUNCH, "_forced_target", TARGET))
         enter(mock.patch.object(OPERATOR, "obstacle", lambda *_: None))
+        enter(mock.patch.object(MOMENTS, "_address", emulation.address))
         for name, module in list(sys.modules.items()):
             if name.startswith("trgnet.kernels.") and vars(module).get("launch") is LAUNCH.launch:
                 if module is not LAUNCH:

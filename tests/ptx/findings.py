@@ -10,6 +10,7 @@ RACE = "race"
 UNINITIALISED = "uninitialised"
 NOT_AWAITED = "not awaited"
 NOT_FENCED = "not fenced"
+PADDING = "no padding"
 
 
 @dataclass

@@ -12,14 +12,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .findings import NOT_AWAITED, NOT_FENCED, OUT_OF_BOUNDS
+from .findings import NOT_AWAITED, NOT_FENCED, OUT_OF_BOUNDS, PADDING
 from .machine import WARP, WARPS_OF_MATRIX, Decoded, Decoder, Machine, Step, instruction
 from .numbers import RAW, Array, decode
 from .program import WIDTHS, Instruction, UnsupportedPTX
 
 GROUP = WARP * WARPS_OF_MATRIX
 READ_COLUMNS = 16
-"""Columns that the hardware reads at least of a tile in tf32, even where the instruction has eight (triton #10629)."""
+"""Columns that the hardware reads at least of a tile in tf32, even where the instruction has eight (triton #10629).
+
+The descriptors of such tiles have no distance to the next eight columns: they are taken to follow at once."""
 
 Places = tuple[tuple[Array, Array], ...]
 """Of each register of a fragment: rows and columns of its elements (lanes, elements of a register)."""
@@ -135,7 +137,8 @@ class MatrixUnits:
 
     def check_registers(self, machine: Machine, code: Decoded, active: Array | None) -> None:
         """Find uses of registers by another instruction while products are in flight."""
-        self.unfenced |= code.writes
+        if code.source.name != "mov":  # LLVM copies operands behind the fence, which ptxas knows to undo
+            self.unfenced |= code.writes
         for products in self.waiting:
             reads, writes = code.reads & products.writes, code.writes & (products.writes | products.reads)
             if (reads or writes) and np.isin(products.groups, _groups(machine, active)).any():
@@ -235,6 +238,7 @@ def tile_addresses(descriptors: Array, rows: int, k: int, item: int, row_major: 
     if len(modes) != 1 or ((fields >> np.uint64(49)) & np.uint64(7)).any():
         raise UnsupportedPTX("descriptors of one instruction differ in their layout, or have an offset of the base")
     width = ROW_BYTES[int(modes[0])]
+    stride = np.where(stride == 0, 8 * width, stride)
     row, column = np.arange(rows)[:, None], np.arange(k)
     if row_major:
         address = start + row // 8 * stride + row % 8 * width + column * item
@@ -333,10 +337,9 @@ class _Product:
 
     def _check_padding(self, machine: Machine, groups: Array) -> None:
         address = self._addresses(machine, groups, self.right, READ_COLUMNS, self.right_transposed)
-        last = int(address.max()) + self.item
-        if last > machine.shared.size:
-            what = (
-                f"the hardware reads {READ_COLUMNS} columns of a tile of {self.columns}, up to byte {last} of "
-                f"{machine.shared.size} of shared memory"
-            )
-            machine.findings.add(OUT_OF_BOUNDS, self.source.text, what)
+        last, size = int(address.max()) + self.item, machine.shared.size
+        what = (
+            f"the hardware reads {READ_COLUMNS} columns of a tile of {self.columns}, up to byte {last} of {size} of "
+            "shared memory; Triton allocates no padding"
+        )
+        machine.findings.add(OUT_OF_BOUNDS if last > size else PADDING, self.source.text, what)

@@ -1,0 +1,79 @@
+"""Program: whether the emulator finds kernels that were made wrong, as JSON.
+
+    python -m tests.ptx.mutations OPERATOR PRECISION INSTRUCTION
+
+Each instruction that begins with INSTRUCTION, such as bar.sync, is left out of the code of the operator's kernels, one at a
+time, forward and backward. For each kernel: how many were left out, and the numbers of those that nothing was found without.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from trgnet.kernels import operator
+
+from bench.compiled import PRECISIONS
+from bench.operators import MADE_NARROW, Size, make_case
+
+from .emulation import Emulation, emulated
+from .findings import Findings
+from .machine import Deadlock
+
+SIZE = Size(n=1, c=4, v=5, f=64, t=40, hops=3, k=4, segments=4, d=16)
+
+
+def removals(ptx: str, instruction: str) -> list[str]:
+    """The code without one of the instructions that begin so, for each of them."""
+    found = re.finditer(rf"(?:@!?%p\d+\s+)?{re.escape(instruction)}[^;]*;", ptx)
+    return [ptx[: match.start()] + ptx[match.end() :] for match in found]
+
+
+@dataclass
+class Mutations(Emulation):
+    """Runs every kernel with each change first; what those runs write is forgotten."""
+
+    instruction: str = "bar.sync"
+    missed: dict[str, list[int]] = field(default_factory=dict)
+    """By kernel: the changes that nothing was found in."""
+    tried: dict[str, int] = field(default_factory=dict)
+
+    def run(self, name: str, ptx: str, *arguments: Any) -> Findings:
+        if name not in self.tried:
+            changed = removals(ptx, self.instruction)
+            self.tried[name] = len(changed)
+            self.missed[name] = [i for i, code in enumerate(changed) if not self._found(name, code, *arguments)]
+        return super().run(name, ptx, *arguments)
+
+    def _found(self, name: str, ptx: str, *arguments: Any) -> bool:
+        try:
+            return bool(super().run(name, ptx, *arguments, keep=False).found)
+        except Deadlock:
+            return True
+
+
+def mutate(name: str, precision: str, instruction: str, size: Size = SIZE) -> Mutations:
+    """Forward and backward of an operator with changed kernels."""
+    dtype, matmul = PRECISIONS[precision]
+    torch.set_float32_matmul_precision(matmul)
+    narrow = {*operator(name).triton.narrowed, *MADE_NARROW.get(name, ())}
+    with emulated(Mutations(instruction=instruction)) as mutations:
+        for form in make_case(name, size).forms:
+            args = [
+                tree_map_only(Tensor, lambda t: t.detach().to(dtype if i in narrow else t.dtype), a)
+                for i, a in enumerate(form)
+            ]
+            operator(name).triton_passes(args, torch.ones_like)
+    return mutations
+
+
+if __name__ == "__main__":
+    mutations = mutate(*sys.argv[1:4])
+    print(json.dumps({name: {"tried": n, "missed": mutations.missed[name]} for name, n in mutations.tried.items()}))
+    assert not mutations.lines, "\n".join(mutations.lines)
