@@ -31,6 +31,7 @@ LAUNCH, OPERATOR, MOMENTS = (
     importlib.import_module(f"trgnet.kernels.{name}") for name in ("launch", "operator", "moment_update")
 )
 TARGET = ARCHITECTURES["sm_90"]
+TRIAL_BLOCKS = 2
 
 
 @dataclass
@@ -67,15 +68,16 @@ class Emulation:
         arguments: Sequence[Any],
         shared: int,
         warps: int,
-        keep: bool = True,
+        trial: bool = False,
     ) -> Findings:
-        """Run the code; without ``keep`` neither what it writes nor what is found in it is kept."""
-        findings = self.findings.setdefault(name, Findings()) if keep else Findings()
+        """Run the code. A trial runs a few blocks, and neither what it writes nor what is found in it is kept."""
+        findings = self.findings.setdefault(name, Findings()) if not trial else Findings()
         pointed = [tensor for reference in self.pointed.values() if (tensor := reference()) is not None]
         tensors = Tensors(findings, pointed, [a for a in arguments if isinstance(a, Tensor)])
         values = [tensors.address(a) if isinstance(a, Tensor) else a for a in arguments]
-        launch(ptx, grid, values, tensors.memory, shared=shared, warps=warps)
-        if keep:
+        blocks = TRIAL_BLOCKS if trial else None
+        launch(ptx, grid, values, tensors.memory, shared=shared, warps=warps, most_blocks=blocks)
+        if not trial:
             tensors.write_back()
         return findings
 

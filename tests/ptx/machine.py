@@ -343,6 +343,7 @@ def launch(
     *,
     shared: int,
     warps: int,
+    most_blocks: int | None = None,
 ) -> Findings:
     """Run a kernel, see the module; returns what was found in ``memory.findings``.
 
@@ -354,10 +355,12 @@ def launch(
         memory: What the addresses point to.
         shared: Bytes of shared memory that a block has asked for.
         warps: Warps of a block.
+        most_blocks: Run the first blocks only.
     """
     decoder = decoded(ptx)
     grid = (*grid, 1, 1)[:3]
     blocks = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
+    blocks = blocks[:most_blocks]
     parameters = decoder.program.parameters
     values = [_argument(a, kind) for a, (_, kind) in zip(arguments, parameters)]
     values += [0] * (len(parameters) - len(values))
