@@ -207,13 +207,13 @@ class SharedMemory:
             )
 
     def start_copy(self, units: Array) -> None:
-        """Mark units that an asynchronous copy writes some time; the matrix units see what it wrote without a fence."""
+        """Mark units that an asynchronous copy writes some time."""
         self.in_flight[units] = True
-        self.unfenced[units] = False
 
     def finish_copy(self, units: Array, bits: Array) -> None:
         """The copies of the threads of warps are done: as if the warps wrote the units now."""
         self.in_flight[units] = False
+        self.unfenced[units] = True
         self._mark(self.writers, units, bits)
 
     def finish_matrix_read(self, units: Array, bits: Array) -> None:

@@ -89,11 +89,19 @@ def _store(source: Instruction, decoder: Decoder) -> Step:
             machine.memory.store(places, values, size, text)
         else:
             blocks, bits = machine.block[chosen], machine.warp_bit[chosen]
-            units = machine.shared.store(places, blocks, bits, values, size, text)
-            if machine.matrix is not None:
-                machine.matrix.check_overwritten(units, text)
+            _store_shared(machine, places, blocks, bits, values, size, text)
 
     return step
+
+
+def _store_shared(
+    machine: Machine, places: Array, blocks: Array, bits: Array, values: Array, size: int, text: str
+) -> Array:
+    """Write to shared memory, also with regard to products in flight; returns the units that were written."""
+    units = machine.shared.store(places, blocks, bits, values, size, text)
+    if machine.matrix is not None:
+        machine.matrix.check_overwritten(units, text)
+    return units
 
 
 UPDATES: dict[str, Callable[[Array, Array], Array]] = {
@@ -235,7 +243,7 @@ def _start_copy(source: Instruction, decoder: Decoder) -> Step:
         read = length > 0
         values[:, read] = machine.memory.load(start(machine)[threads][read], 4, size // 4, text)
         blocks, bits = machine.block[threads], machine.warp_bit[threads]
-        units = machine.shared.store(to(machine)[threads], blocks, bits, values, 4, text)
+        units = _store_shared(machine, to(machine)[threads], blocks, bits, values, 4, text)
         if len(units) == len(threads):  # else it was out of bounds
             machine.shared.start_copy(units)
             queue = _copies(machine)
@@ -291,8 +299,6 @@ def _matrix_rows(source: Instruction, decoder: Decoder) -> Step:
         elements = np.ascontiguousarray(pairs).view(np.uint16).reshape(len(warps), count, 8, 8)
         elements = elements.swapaxes(2, 3) if transposed else elements
         values = elements.transpose(3, 0, 1, 2).reshape(8, -1)
-        units = machine.shared.store(rows, blocks, bits, values, 2, text)
-        if machine.matrix is not None:
-            machine.matrix.check_overwritten(units, text)
+        _store_shared(machine, rows, blocks, bits, values, 2, text)
 
     return step
