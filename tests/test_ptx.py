@@ -41,7 +41,6 @@ def run(body: str, *arrays: np.ndarray, warps: int = 1, shared: int = 0, blocks:
     return memory.findings
 
 
-
 def computed(text: str, *operands: np.ndarray, dtype: type = np.uint32) -> np.ndarray:
     """What an instruction computes: result %r1 (%rd80 of 64 bits, %rs1 of 16), operands %r2, %r3, %r4 of 32 bits."""
     out = np.zeros(WARP, dtype)
@@ -114,7 +113,8 @@ INTEGERS = {
         BITS,
         lambda: mod(
             each(
-                lambda a, b: a & 255 | (b & 255) << 8 | (a >> 16 & 255) << 16 | (b >> 16 & 255) << 24, *BITS[:2]
+                lambda a, b: a & 255 | (b & 255) << 8 | (a >> 16 & 255) << 16 | (b >> 16 & 255) << 24,
+                *BITS[:2],
             )
         ),
     ),
@@ -180,7 +180,9 @@ def test_float32_instructions(text: str):
     np.testing.assert_array_equal(float32_of(text, *FLOATS[: max(count, 1)]), expected)
 
 
-TIES = np.array([0x3F808000, 0x3F818000, 0x3F800FFF, 0x3F801000, 0xBF801000, 0x7F7FFFFF, 0x7F800000], np.uint32)
+TIES = np.array(
+    [0x3F808000, 0x3F818000, 0x3F800FFF, 0x3F801000, 0xBF801000, 0x7F7FFFFF, 0x7F800000], np.uint32
+)
 
 
 def test_conversions_to_bfloat16_are_pytorchs():
@@ -324,7 +326,9 @@ def test_product_of_a_warp(kind: str, k: int):
                 if register % 2 == 0:
                     n, row = fragment(lane, register, per, element)
                     right[lane, register // 2, element] = b[row, n]
-    sums = np.array([[c[lane // 4 + 8 * (i // 2), lane % 4 * 2 + i % 2] for i in range(4)] for lane in range(WARP)])
+    sums = np.array(
+        [[c[lane // 4 + 8 * (i // 2), lane % 4 * 2 + i % 2] for i in range(4)] for lane in range(WARP)]
+    )
     left, right = (
         np.ascontiguousarray(packed(x, kind)).view(np.uint32).reshape(WARP, -1) for x in (left, right)
     )
@@ -333,7 +337,9 @@ def test_product_of_a_warp(kind: str, k: int):
     lines = [f"mov.u32 %r1, %tid.x; mul.wide.u32 %rd3, %r1, {inputs[0].nbytes}; add.s64 %rd4, %rd1, %rd3;"]
     lines += [f"ld.global.b32 {r}, [%rd4+{4 * i}];" for i, r in enumerate(registers)]
     n, m = left.shape[1], right.shape[1]
-    vectors = [", ".join(v) for v in (registers[n + m :], registers[:n], registers[n : n + m], registers[n + m :])]
+    vectors = [
+        ", ".join(v) for v in (registers[n + m :], registers[:n], registers[n : n + m], registers[n + m :])
+    ]
     operands = ", ".join("{" + v + "}" for v in vectors)
     lines += [f"mma.sync.aligned.m16n8k{k}.row.col.f32.{kind}.{kind}.f32 {operands};"]
     lines += ["mul.wide.u32 %rd5, %r1, 16; add.s64 %rd6, %rd2, %rd5;"]
@@ -561,7 +567,10 @@ def test_a_missing_barrier_is_a_race(which: int):
         (without(COPY, "cp.async.wait_group"), NOT_AWAITED),
         (without(COPY, "bar.sync"), RACE),
         (COPY.replace("wait_group 0", "wait_group 1"), NOT_AWAITED),
-        (COPY.replace("cp.async.commit_group;", "st.shared.b32 [%r2], 0; cp.async.commit_group;"), NOT_AWAITED),
+        (
+            COPY.replace("cp.async.commit_group;", "st.shared.b32 [%r2], 0; cp.async.commit_group;"),
+            NOT_AWAITED,
+        ),
     ],
     ids=["no wait", "no barrier", "waits for too few", "overwritten"],
 )

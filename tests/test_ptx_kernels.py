@@ -32,14 +32,15 @@ def product_of(name: str, ptx: str | None = None, length: int = 224, told: int |
     kernel = own_kernels()[name]
     random = np.random.default_rng(0)
     dtype = np.float16 if kernel["kind"] == "fp16" else np.float32
-    a, b = (np.round(random.standard_normal(s) * 4).astype(dtype) / 4 for s in ((64, length), (length, kernel["N"])))
+    a, b = (
+        np.round(random.standard_normal(s) * 4).astype(dtype) / 4
+        for s in ((64, length), (length, kernel["N"]))
+    )
     memory = GlobalMemory(Findings())
     addresses = [memory.place(x.astype(dtype).view(np.uint8).reshape(-1)) for x in (a, b)]
     out = memory.place(np.zeros(64 * kernel["N"] * 4, np.uint8))
     arguments = [*addresses, out, length if told is None else told]
-    launch(
-        ptx or kernel["ptx"], (1,), arguments, memory, shared=kernel["shared"], warps=kernel["num_warps"]
-    )
+    launch(ptx or kernel["ptx"], (1,), arguments, memory, shared=kernel["shared"], warps=kernel["num_warps"])
     if ptx is None and told is None:
         got = memory.read(out, 64 * kernel["N"] * 4).view(np.float32).reshape(64, -1)
         np.testing.assert_array_equal(got, a.astype(np.float32) @ b.astype(np.float32))
@@ -51,7 +52,9 @@ def test_tiles_of_eight_columns_read_beyond_shared_memory():
     found = product_of("eight columns")
     assert "m64n8k8" in own_kernels()["eight columns"]["ptx"]
     assert OUT_OF_BOUNDS in found.kinds
-    assert any("16 columns of a tile of 8, up to byte 11264 of 10240" in line for line in found.lines("product"))
+    assert any(
+        "16 columns of a tile of 8, up to byte 11264 of 10240" in line for line in found.lines("product")
+    )
 
 
 @pytest.mark.parametrize("name", ["sixteen columns", "pipelined"])
@@ -91,7 +94,17 @@ def test_removed_order_is_found(name: str, instruction: str):
 def emulated(*tests: str) -> set[str]:
     """Run tests with the kernels on the emulator; returns the kernels that ran."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.ptx.plugin", "-p", "no:cacheprovider", *tests]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "tests.ptx.plugin",
+        "-p",
+        "no:cacheprovider",
+        *tests,
+    ]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-3000:]
     return set(re.search(r"^emulated: (.*)$", run.stdout, re.M)[1].split(", "))

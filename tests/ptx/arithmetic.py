@@ -316,7 +316,9 @@ def _convert(source: Instruction) -> Any:
 def _to_integer(x: Array, dtype: np.dtype) -> Array:
     """The nearest number that the integer type has; 0 for NaN."""
     limits = np.iinfo(dtype)
-    inside = np.clip(np.nan_to_num(x.astype(np.float64), posinf=np.inf, neginf=-np.inf), limits.min, limits.max)
+    inside = np.clip(
+        np.nan_to_num(x.astype(np.float64), posinf=np.inf, neginf=-np.inf), limits.min, limits.max
+    )
     whole = inside.astype(dtype)
     return np.where(inside >= float(limits.max), dtype.type(limits.max), whole)
 

@@ -94,7 +94,7 @@ class Emulation:
         return [line for name, findings in self.findings.items() for line in findings.lines(name)]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _code(described: Any) -> tuple[str, int]:
     """PTX of a launch, and the bytes of shared memory that a block asks for."""
     compiled = _compiled(described, TARGET)

@@ -51,7 +51,13 @@ def compiled(kind: str, num_warps: int, num_stages: int, **tile: int) -> dict[st
     code = triton.compile(
         source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "num_stages": num_stages}
     )
-    return {"ptx": code.asm["ptx"], "shared": code.metadata.shared, "num_warps": num_warps, "kind": kind, **tile}
+    return {
+        "ptx": code.asm["ptx"],
+        "shared": code.metadata.shared,
+        "num_warps": num_warps,
+        "kind": kind,
+        **tile,
+    }
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ Step = Callable[["Machine", "Array | None"], None]
 """Runs one instruction for the threads that the mask names; None for all."""
 Reader = Callable[["Machine"], Array]
 
-BUILDERS: dict[str, Callable[[Instruction, "Decoder"], Step]] = {}
+BUILDERS: dict[str, Callable[[Instruction, Decoder], Step]] = {}
 """By name of an instruction: makes what runs it. The modules of this package fill it."""
 GROUPS: dict[str, int | None] = {}
 """Threads that must do an instruction together; None for the whole block. One that is not here has 1."""
@@ -77,8 +78,6 @@ class Decoder:
         self.decoded = [self._decode(i) for i in program.instructions]
         names = [(i.source.name, *i.source.suffixes) for i in self.decoded]
         self.unit = min((_shared_width(name) for name in names), default=4)
-        self.has_matrix = any(name[0] == "wgmma" for name in names)
-        self.has_copies = any(name[:2] == ("cp", "async") for name in names)
 
     def number(self, register: str) -> int:
         """The place of a register."""
@@ -156,7 +155,7 @@ class Decoder:
 
 
 BRANCHES = ("bra", "ret", "exit")
-STORES = ("st", "stmatrix", "bar", "cp", "fence")
+STORES = ("st", "stmatrix", "red", "bar", "barrier", "cp", "fence", "membar")
 """Instructions that write no register."""
 
 
@@ -243,11 +242,10 @@ class Machine:
         ]
         self.at = np.zeros(self.threads, np.int64)
         """Next instruction of each thread."""
-        self.matrix = None
-        """State of the matrix units, see matrix.py."""
-        self.copies = None
-        """State of asynchronous copies, see movement.py."""
-        self.executed = 0
+        self.matrix: Any = None
+        """State of the matrix units, see matrix.py; None before their first instruction."""
+        self.copies: Any = None
+        """State of asynchronous copies, see movement.py; None before the first."""
 
     def run(self) -> None:
         """Run until every thread has ended."""
@@ -289,7 +287,6 @@ class Machine:
             if active is not None and code.group != 1 and place != first:
                 break
             mask = self._mask(code, active)
-            self.executed += 1
             if code.step is None:
                 taken = _count(mask, self.threads)
                 if taken == _count(active, self.threads):

@@ -95,9 +95,7 @@ def _mma(source: Instruction, decoder: Decoder) -> Step:
 
     def step(machine: Machine, active: Array | None) -> None:
         def matrix(reads: list, places: Places, shape: tuple[int, int], kind: str) -> Array:
-            registers = [
-                np.broadcast_to(read(machine), machine.threads).reshape(-1, WARP) for read in reads
-            ]
+            registers = [np.broadcast_to(read(machine), machine.threads).reshape(-1, WARP) for read in reads]
             return _assemble(registers, places, shape, kind)
 
         product = matrix(a, _left_places(kind, k), (16, k), kind).astype(np.float64) @ matrix(
@@ -236,7 +234,9 @@ def tile_addresses(descriptors: Array, rows: int, k: int, item: int, row_major: 
     )
     modes = np.unique(fields >> np.uint64(62))
     if len(modes) != 1 or ((fields >> np.uint64(49)) & np.uint64(7)).any():
-        raise UnsupportedPTX("descriptors of one instruction differ in their layout, or have an offset of the base")
+        raise UnsupportedPTX(
+            "descriptors of one instruction differ in their layout, or have an offset of the base"
+        )
     width = ROW_BYTES[int(modes[0])]
     stride = np.where(stride == 0, 8 * width, stride)
     row, column = np.arange(rows)[:, None], np.arange(k)
@@ -281,7 +281,9 @@ class _Product:
         units.check_start(self.source, *self.registers)
         right, read = self._operand(machine, groups, self.right, self.columns, self.right_transposed)
         if self.left is None:
-            left = self._fragment(machine, groups, self.left_registers, _left_places(self.kind, self.k), self.k)
+            left = self._fragment(
+                machine, groups, self.left_registers, _left_places(self.kind, self.k), self.k
+            )
         else:
             left, left_read = self._operand(machine, groups, self.left, 64, self.left_transposed)
             read = np.concatenate([read, left_read], 1)
@@ -305,7 +307,13 @@ class _Product:
         return bits.reshape(-1)
 
     def _fragment(
-        self, machine: Machine, groups: Array, reads: list, places: Places, columns: int, kind: str | None = None
+        self,
+        machine: Machine,
+        groups: Array,
+        reads: list,
+        places: Places,
+        columns: int,
+        kind: str | None = None,
     ) -> Array:
         """(groups, 64, columns) of registers: each warp has 16 rows."""
         registers = [
@@ -314,9 +322,7 @@ class _Product:
         ]
         return _assemble(registers, places, (16, columns), kind or self.kind).reshape(-1, 64, columns)
 
-    def _addresses(
-        self, machine: Machine, groups: Array, descriptor, rows: int, transposed: bool
-    ) -> Array:
+    def _addresses(self, machine: Machine, groups: Array, descriptor, rows: int, transposed: bool) -> Array:
         descriptors = np.broadcast_to(descriptor(machine), machine.threads).reshape(-1, GROUP)[groups, 0]
         return tile_addresses(descriptors, rows, self.k, self.item, not transposed)
 

@@ -286,7 +286,9 @@ def _matrix_rows(source: Instruction, decoder: Decoder) -> Step:
             np.repeat(a.reshape(-1, WARP)[warps, 0], 8 * count) for a in (machine.block, machine.warp_bit)
         )
         if loads:
-            elements = machine.shared.load(rows, blocks, bits, 2, 8, text)  # (8 columns, warps * matrices * 8)
+            elements = machine.shared.load(
+                rows, blocks, bits, 2, 8, text
+            )  # (8 columns, warps * matrices * 8)
             elements = elements.reshape(8, len(warps), count, 8).transpose(1, 2, 3, 0)
             elements = elements.swapaxes(2, 3) if transposed else elements
             pairs = np.ascontiguousarray(elements).view(np.uint32).reshape(len(warps), count, WARP)

@@ -49,7 +49,9 @@ class Mutations(Emulation):
         if name not in self.tried:
             changed = removals(ptx, self.instruction)
             self.tried[name] = len(changed)
-            self.missed[name] = [i for i, code in enumerate(changed) if not self._found(name, code, *arguments)]
+            self.missed[name] = [
+                i for i, code in enumerate(changed) if not self._found(name, code, *arguments)
+            ]
         return super().run(name, ptx, *arguments)
 
     def _found(self, name: str, ptx: str, *arguments: Any) -> bool:
@@ -59,6 +61,11 @@ class Mutations(Emulation):
             return True
 
 
+def _detached(argument: Any, dtype: torch.dtype | None) -> Any:
+    """An argument without gradients; its tensors in ``dtype``, if there is one."""
+    return tree_map_only(Tensor, lambda t: t.detach().to(dtype or t.dtype), argument)
+
+
 def mutate(name: str, precision: str, instruction: str, size: Size = SIZE) -> Mutations:
     """Forward and backward of an operator with changed kernels."""
     dtype, matmul = PRECISIONS[precision]
@@ -66,10 +73,7 @@ def mutate(name: str, precision: str, instruction: str, size: Size = SIZE) -> Mu
     narrow = {*operator(name).triton.narrowed, *HALF_ARGUMENTS.get(name, ())}
     with emulated(Mutations(instruction=instruction)) as mutations:
         for form in make_case(name, size).forms:
-            args = [
-                tree_map_only(Tensor, lambda t: t.detach().to(dtype if i in narrow else t.dtype), a)
-                for i, a in enumerate(form)
-            ]
+            args = [_detached(a, dtype if i in narrow else None) for i, a in enumerate(form)]
             operator(name).triton_passes(args, torch.ones_like)
     return mutations
 

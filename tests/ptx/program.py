@@ -65,8 +65,8 @@ class Program:
 def parse(text: str) -> Program:
     """Read a module with one kernel."""
     head, _, rest = text.partition("\n{")
-    program = Program(re.findall(r"\.param \.(\w+)[^\n]*?(\w+_param_\d+)", head))
-    program.parameters = [(name, kind) for kind, name in program.parameters]
+    parameters = re.findall(r"\.param \.(\w+)[^\n]*?(\w+_param_\d+)", head)
+    program = Program([(name, kind) for kind, name in parameters])
     for statement in _statements(rest.partition("\n}")[0]):
         if statement.endswith(":"):
             program.labels[statement[:-1]] = len(program.instructions)
