@@ -21,6 +21,7 @@ from operators import arguments, as_tuple, converted, lengths_mask, without_drop
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from trgnet.kernels import BackendError, launch, operator, operator_table, use_backend
 from trgnet.kernels.launch import Target, record_launches
 
@@ -212,21 +213,34 @@ def test_both_precisions_of_float32(name: str, size: tuple[int, ...], matmul_pre
         assert_as_good_as_plain(name, args, torch.float32)
     else:  # tf32 has the mantissa of float16, and matrix units cut numbers off instead of rounding them
         got = results(name, args, "triton", torch.float32)
-        plain = results(name, cut_to_tf32(args), "reference", torch.float64)
+        inputs = tuple(
+            cut_to_tf32(a).requires_grad_(a.requires_grad)
+            if isinstance(a, Tensor) and a.is_floating_point()
+            else a
+            for a in args
+        )
+        with ProductsInTf32():
+            plain = results(name, inputs, "reference", torch.float32)
         assert_as_good_as_plain(name, args, torch.float16, got, plain)
 
 
-def cut_to_tf32(args: tuple) -> tuple:
-    """The arguments with 10 bits of mantissa."""
-    return tuple(
-        (a.detach().float().view(torch.int32) & ~0x1FFF)
-        .view(torch.float32)
-        .double()
-        .requires_grad_(a.requires_grad)
-        if isinstance(a, Tensor) and a.is_floating_point()
-        else a
-        for a in args
-    )
+def cut_to_tf32(x: Tensor) -> Tensor:
+    """The tensor with 10 bits of mantissa, in float32."""
+    return (x.detach().float().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+class ProductsInTf32(TorchDispatchMode):
+    """Cuts the operands of matrix products, as the matrix units do."""
+
+    OPERANDS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "convolution": 0, "convolution_backward": 0}
+    """By operation: the position of the first of two operands."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        first = self.OPERANDS.get(func.overloadpacket.__name__)
+        if first is not None:
+            cut = (cut_to_tf32(a) if isinstance(a, Tensor) else a for a in args[first : first + 2])
+            args = (*args[:first], *cut, *args[first + 2 :])
+        return func(*args, **(kwargs or {}))
 
 
 def batch_norm_variants() -> dict[str, dict[int, object]]:
