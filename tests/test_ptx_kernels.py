@@ -94,17 +94,8 @@ def test_removed_order_is_found(name: str, instruction: str):
 def emulated(*tests: str) -> set[str]:
     """Run tests with the kernels on the emulator; returns the kernels that ran."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "tests.ptx.plugin",
-        "-p",
-        "no:cacheprovider",
-        *tests,
-    ]
+    options = "-m pytest -q -p tests.ptx.plugin -p no:cacheprovider".split()
+    command = [sys.executable, *options, *tests]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-3000:]
     return set(re.search(r"^emulated: (.*)$", run.stdout, re.M)[1].split(", "))

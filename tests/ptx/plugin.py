@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 os.environ["TRITON_INTERPRET"] = "0"  # read when the kernels are declared: before trgnet is imported
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the emulator takes CPU tensors
 KERNELS: set[str] = set()
 """Those that were launched."""
 
