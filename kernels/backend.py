@@ -14,9 +14,10 @@ Every operator has up to four implementations of one function:
     A fused GPU kernel, where one exists.
 
 ``auto`` takes the Triton kernel where the operator has one, all its tensors are on a GPU, the kernel can take them and
-has passed its check there (:mod:`.verification`); else the analytic passes, where the operator has them, they can take the tensors, and the code is not compiled; else
-the reference. Only the reference can be differentiated twice: force it for second derivatives and for torch.func. A forced
-backend never falls back: where it cannot run, it raises :class:`BackendError`.
+has passed its check there (:mod:`.verification`); else the analytic passes, where the operator has them, they can take the
+tensors, and the code is not compiled; else the reference. Inside of transforms of torch.func it takes the reference. Only
+the reference can be differentiated twice: force it for second derivatives. A forced backend never falls back: where it
+cannot run, it raises :class:`BackendError`.
 
 The choice is made, in this order, by the ``backend`` argument of the operator, by the innermost
 :func:`use_backend` block, by the environment variable ``TRGNET_BACKEND`` (read at import), by ``auto``.

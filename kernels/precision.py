@@ -24,7 +24,7 @@ def widened(x: Tensor) -> Tensor:
 
 # Asked once: dynamo of torch 2.11 cannot trace torch.amp.is_autocast_available. Tensors on other devices, such as meta,
 # know no autocast, and asking whether it is on there is an error.
-_WITH_AUTOCAST = frozenset(
+_WITH_AUTOCAST = tuple(
     device
     for device in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")
     if torch.amp.is_autocast_available(device)
