@@ -6,6 +6,7 @@ import io
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from trgnet.data.batch import bucket, padded_segments
 from trgnet.errors import DataWarning, UserError
 from trgnet.processes import Processes
 from trgnet.runs import Run
-from trgnet.step_graphs import StepGraphs, uses_graphs
+from trgnet.step_graphs import CudaCapture, StepGraphs, uses_graphs
 from trgnet.trainer import EpochBatches, Trainer, resume, train
 
 GRAPHS = (
@@ -210,6 +211,58 @@ def test_no_more_graphs_than_their_greatest_number(monkeypatch: pytest.MonkeyPat
             assert torch.equal(graphs(batch)["total"], batch.x.sum())
     assert len(told) == 1
     assert tape.log == ["record", "replay", "replay"]
+
+
+class Cuda:
+    """Stands for torch.cuda where graphs are captured: a capture moves to another stream, and may fail at its end."""
+
+    def __init__(self, end: Exception | None) -> None:
+        self.streams, self.end = ["main"], end
+        self.states: list[str] = []
+
+    def graph(self, graph: object, pool: object, stream: str, capture_error_mode: str) -> Cuda:
+        return self
+
+    def __enter__(self) -> None:
+        self.streams.append("capture")
+
+    def __exit__(self, *error: object) -> None:
+        if self.end:
+            raise self.end
+        self.streams.append("main")
+
+    def clone_state(self) -> str:
+        return "state of a generator that does not capture"
+
+    def graphsafe_set_state(self, state: str) -> None:
+        self.states.append(state)
+
+
+@pytest.mark.parametrize("end", [None, RuntimeError("the capture was invalidated")], ids=str)
+def test_a_capture_that_fails_leaves_stream_and_generator_as_they_were(
+    monkeypatch: pytest.MonkeyPatch, end: Exception | None
+):
+    cuda = Cuda(end)
+    for name, value in {
+        "Stream": lambda device: "capture",
+        "graph_pool_handle": lambda: (0, 1),
+        "CUDAGraph": object,
+        "graph": cuda.graph,
+        "device": lambda device: nullcontext(),
+        "current_device": lambda: 0,
+        "current_stream": lambda: cuda.streams[-1],
+        "set_stream": cuda.streams.append,
+        "default_generators": [cuda],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def step() -> dict[str, Tensor]:
+        assert cuda.streams[-1] == "capture"
+        raise ValueError("a wait for the device")
+
+    with pytest.raises(ValueError, match="a wait for the device"):
+        CudaCapture(torch.device("cuda"))(step)
+    assert cuda.streams[-1] == "main" and cuda.states == [cuda.clone_state()]
 
 
 # ---------------------------------------------------------------- trainings
@@ -447,6 +500,27 @@ def test_cuda_graphs_train_bit_for_bit_as_plain_steps(
     plain, graphs = (Run(tmp_path / name).checkpoint() for name in ("plain", "graphs"))
     for part in ("model", "optimizer", "schedule", "scaler", "history"):
         assert_equal(plain[part], graphs[part], part)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("settings", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+def test_a_step_that_waits_for_the_gpu_is_trained_on_without_graphs(
+    tmp_path: Path,
+    tiny: Callable,
+    silent: Console,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: tuple[str, ...],
+):
+    """As an operation of the user's own may; with dropout, whose random numbers go on."""
+    config = tiny(*GRAPHS, *settings, "train.device=cuda")
+    train_without_graphs(config, tmp_path / "plain", silent)
+    update = Trainer._update
+    monkeypatch.setattr(
+        Trainer, "_update", lambda self: (update(self), next(self.model.parameters()).sum().item())
+    )
+    with pytest.warns(DataWarning, match="no more CUDA graphs: a step could not be recorded"):
+        train(config, out=tmp_path / "failed", console=silent)
+    assert_equal(Run(tmp_path / "plain").checkpoint(), Run(tmp_path / "failed").checkpoint())
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
