@@ -95,7 +95,10 @@ def plan(sizes: Sizes, on_gpu: bool, phases: Sequence[str] = PHASES, match: str 
     """
     environment = {"TRGNET_VERIFY": "0"}  # kernels are measured whether they are right or not
     if not on_gpu:
-        environment["TRITON_INTERPRET"] = "1"
+        environment |= {
+            "TRITON_INTERPRET": "1",
+            "OMP_NUM_THREADS": "1",
+        }  # tiny tensors gain nothing by threads
 
     def chosen(items: Iterable[Item], **others: str) -> list[Item]:
         return [
