@@ -104,6 +104,7 @@ def make_case(name: str, size: Size = SMALL) -> Case:
         "boundary_loss": lambda: Case(
             args, lambda logits, target, _, pos_weight: published.boundary_loss(logits, target, pos_weight)
         ),
+        "pointwise_conv": lambda: Case(args, None, other={2: None}),
         "segment_mean": lambda: Case(args, published.segment_mean),
         "pairwise_distance": lambda: Case(args, published.pairwise_distance),
     }[name]()

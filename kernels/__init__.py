@@ -13,7 +13,7 @@ from .masked_batch_norm import masked_batch_norm, synchronised_statistics
 from .moment_update import moment_update
 from .multiscale_graph_conv import multiscale_graph_conv
 from .operator import Cost, Operator, check_mask, check_shapes, operator, operator_table
-from .pointwise import pointwise
+from .pointwise import pointwise_conv
 from .precision import wide_dtype, widened
 from .segment import pairwise_distance, segment_mean
 from .verification import verify_once
@@ -43,7 +43,7 @@ __all__ = [
     "operator",
     "operator_table",
     "pairwise_distance",
-    "pointwise",
+    "pointwise_conv",
     "segment_mean",
     "synchronised_statistics",
     "use_backend",

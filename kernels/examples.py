@@ -30,6 +30,7 @@ Autocast narrows others itself, see ``narrowed`` of an implementation."""
 OTHER_FORMS = {
     "attention_layer": {2: None},  # self-attention
     "class_loss": {4: None},  # equal classes
+    "pointwise_conv": {2: None},  # no bias
     "moment_update": {3: [], 15: "sum"},  # momentum without a second moment
 }
 """Positions and values that make another form of the arguments, one that takes other branches of the kernels."""
@@ -148,6 +149,7 @@ def example(
             mask,
             torch.tensor(7.0, dtype=dtype),
         ),
+        "pointwise_conv": lambda: (random(n, f, t), random(1, f + 2, f, inputs=f), random(f + 2)),
         "segment_mean": lambda: (random(n, f, t), *_segments(mask, size.segments)),
         "pairwise_distance": lambda: (random(size.segments, size.d),),
         "moment_update": lambda: _moment_update(random, f),

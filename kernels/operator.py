@@ -69,6 +69,8 @@ class Fused:
     """Positions of the arguments that autocast converts to its dtype, as it does for a matrix product."""
     unsupported: Callable[..., str | None] = lambda *_: None
     """Called with the arguments; says why the passes cannot take them, None if they can."""
+    preferred: Callable[..., bool] = lambda *_: True
+    """Called with the arguments; returns whether backend ``auto`` takes these passes where it can."""
 
 
 class Operator:
@@ -125,7 +127,7 @@ class Operator:
         if choice == "auto":
             if _is_transformed():
                 return "reference"
-            if self.triton and _on_gpu(args) and self._obstacle(args, automatic=True) is None:
+            if self._prefers_triton(args):
                 return "triton"
             return "analytic" if self.analytic and self._analytic_obstacle(args) is None else "reference"
         if choice not in self.backends:
@@ -138,6 +140,11 @@ class Operator:
         if reason is not None:
             raise BackendError(f"{self.name}: backend {choice!r} is forced, but {reason}")
         return choice
+
+    def _prefers_triton(self, args: Sequence[Any]) -> bool:
+        """Whether ``auto`` takes the Triton kernels."""
+        able = self.triton and _on_gpu(args) and self.triton.preferred(*args)
+        return bool(able) and self._obstacle(args, automatic=True) is None
 
     def _forced_obstacle(self, choice: str, args: Sequence[Any]) -> str | None:
         """Why a backend that the operator has cannot run with these arguments; None if it can."""

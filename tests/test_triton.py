@@ -92,6 +92,7 @@ TRAITS = {
     "dilated_residual": Traits(mask=1, padded={0: 0.0}),
     "class_loss": Traits(mask=3, padded={0: NAN, 1: 77, 2: 0.0}, unit_terms=False),
     "boundary_loss": Traits(mask=2, padded={0: NAN, 1: NAN}, unit_terms=False),
+    "pointwise_conv": Traits(padded={0: NAN}, ignores_padding=False),
     "segment_mean": Traits(padded={0: NAN}, segments=(1, 2, 3), unit_terms=False),
     "pairwise_distance": Traits(
         ((1, 1, 1, 1), (14, 1, 1, 8), (30, 1, 1, 384), (62, 1, 1, 100)), segments=(0,), unit_terms=False
@@ -281,6 +282,35 @@ def test_dynamic_graph_conv_without(missing: dict[int, None]):
     for a, b in zip(gradients(outputs, args), gradients(expected, args), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(outputs[0], expected[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["ieee", "split operands"])
+@pytest.mark.parametrize(
+    ("batch", "matrices", "channels", "features", "frames"),
+    [(4, 4, 24, 80, 160), (6, 3, 200, 64, 49), (2, 1, 66, 130, 272), (3, 1, 1, 1, 16)],
+    ids=str,
+)
+def test_matrices_of_pointwise_conv(
+    monkeypatch: pytest.MonkeyPatch,
+    batch: int,
+    matrices: int,
+    channels: int,
+    features: int,
+    frames: int,
+    split: bool,
+):
+    """One matrix or several, more rows and columns than a tile has, and operands split as on NVIDIA GPUs."""
+    if split and DEVICE == "cpu":
+        monkeypatch.setattr(sys.modules["trgnet.kernels.pointwise"], "dot_precision", lambda x: "tf32x3")
+    x, weight = (
+        torch.randn(batch, channels, frames).double(),
+        torch.randn(matrices, features, channels).double(),
+    )
+    args = (x.requires_grad_(), weight.requires_grad_(), None)
+    truth, plain = (results("pointwise_conv", args, "reference", d) for d in (torch.float64, torch.float32))
+    ours = results("pointwise_conv", args, "triton", torch.float32)
+    for our, rough, true in zip(ours, plain, truth, strict=True):
+        assert (our - true).abs().max() <= 3 * (rough - true).abs().max() + 1e-6 * true.abs().max()
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -561,6 +591,14 @@ def boundary_loss_backward(grad_loss, logits, target, mask, pos_weight):
     y, frames = target.unsqueeze(1), mask.sum(2, keepdim=True)
     each = (1 - y) * torch.sigmoid(logits) - pos_weight * y * torch.sigmoid(-logits)
     return grad_loss / (len(logits) * frames) * mask * each
+
+
+def pointwise_conv_backward(grad, x, weight, bias):
+    return (
+        torch.einsum("oc,not->nct", weight[0], grad),
+        torch.einsum("not,nct->oc", grad, x).unsqueeze(0),
+        grad.sum((0, 2)),
+    )
 
 
 def segment_mean_backward(grad, x, batch, start, length):

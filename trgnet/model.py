@@ -30,7 +30,8 @@ from trgnet.kernels import (
     fusion_layer,
     masked_batch_norm,
     multiscale_graph_conv,
-    pointwise,
+    operator,
+    pointwise_conv,
     segment_mean,
     synchronised_statistics,
 )
@@ -61,7 +62,7 @@ class Pointwise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, F, T) -> (N, O, T)."""
-        return pointwise(x, self.weight, self.bias)
+        return pointwise_conv(x, self.weight, self.bias)
 
 
 class MaskedBatchNorm(nn.Module):
@@ -149,14 +150,21 @@ class SpatialModule(nn.Module):
         return self.norm(z, mask, residual=y, statistics=statistics)[0]
 
     def _value_and_frame_relations(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Value and the two frame-level relations in one product, (N, F + 2, V, T), and the bias that it lacks.
+        """Value and the two frame-level relations in one product, (N, F + 2, V, T), and the bias that it lacks, if any.
 
         The frame level uses the mean over the relation channels, and the mean of 1x1 convolutions is one row.
         """
         layers = [self.value, self.receive, self.send]
         weight = torch.cat([layers[0].weight, *(layer.weight.mean(0, True) for layer in layers[1:])])
         bias = torch.cat([layers[0].bias, *(layer.bias.mean(0, True) for layer in layers[1:])])
-        return torch.bmm(weight.expand(len(y), -1, -1), y.flatten(2)).unflatten(2, y.shape[2:]), bias
+        # The product's kernels add the bias for nothing; torch would write it everywhere first.
+        within = (
+            bias
+            if operator("pointwise_conv").choose((y.flatten(2), weight, bias), None) == "triton"
+            else None
+        )
+        value = pointwise_conv(y.flatten(2), weight, within).unflatten(2, y.shape[2:])
+        return value, bias if within is None else None
 
     def _graph(self, total: Tensor, mask: Tensor, joint_graph: Tensor) -> Tensor:
         """Channel-level graph (N, F, V, V) plus twice the joint graph: both levels start from it.
@@ -281,11 +289,11 @@ class TemporalModule(nn.Module):
 
         Channel dropout takes whole planes of x, so the weight drops them: no dropped copy of x is made.
         """
-        weight = self.conv_in.weight.expand(len(x), -1, -1)
+        weight = self.conv_in.weight
         kept = channel_mask(*x.shape[:2], self.channel_dropout, seed, weight.dtype)
         if kept is not None:
             weight = weight * kept.unsqueeze(1)
-        channels = torch.bmm(weight, x.flatten(2))
+        channels = pointwise_conv(x.flatten(2), weight)
         return rearrange(channels, "n (g c) (v t) -> n g c v t", c=self.group_channels, v=x.shape[2])
 
     def _folded(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -317,7 +325,8 @@ class TemporalModule(nn.Module):
             torch.cat([spatial, self.seed.weight.unsqueeze(0)]), "g f (v c) -> g f c v", c=self.group_channels
         )
         shift = (weights.sum(3) * rearrange(self.conv_in.bias, "(g c) -> g 1 c", g=len(weights))).sum(2)
-        return (weights.flatten(2) @ groups.flatten(2, 3)).unbind(1), shift
+        projected = pointwise_conv(groups.flatten(2, 3).flatten(0, 1), weights.flatten(2))
+        return projected.unflatten(0, groups.shape[:2]).unbind(1), shift
 
 
 class ActionStage(nn.Module):
