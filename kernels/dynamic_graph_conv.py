@@ -18,22 +18,8 @@ Source: arXiv 2503.15126 (dynamic spatial modelling of DSFM); splitting it by wh
 
 The frame graph is a function of two numbers per joint and frame, so it is built and forgotten, forward and backward: by
 the reference and the analytic passes block by block of frames, ``BLOCK_ELEMENTS`` or ``CACHED_ELEMENTS`` at a time, by the
-kernels on chip, where a program takes all joints of a few frames. Both graphs apply as batches of small products on the
-matrix units: over frames for the frame graph, (u, v) x (v, c), over channels for the constant one, (u, v) x (v, t). As
-multiplications and additions one by one they would take as long as the memory traffic of float32, and twice that of half
-precision.
-
-What was tried, by the compiled code (sm_90, triton 3.7.1, 2026-11-25; no time was measured yet):
-
-- Padding the constant graph with zeros to whole tiles makes its loads wide and unmasked: 1440 instead of 1792
-  instructions and 128 instead of 255 registers in bfloat16. Kept.
-- The statistics of z and the bias of x are fused: each saves a pass over a tensor of the size of z. The bias would
-  cost more than one outside, as a batched product with a bias first copies the bias over its whole output.
-- The 1x1 product that makes x fused into the forward kernel: 215 instead of 100 registers in bfloat16, spills in
-  three-fold tf32. It saves two passes forward, and backward needs x again, which costs them there. Left out.
-- One backward launch for values and relations reads grad_z once. Three-fold tf32 operands and float32 on AMD do
-  not fit (they spill some 1000 bytes): two launches there. The gradient of the constant graph is a sum over time
-  and wants other tiles: a launch of its own, which reads x and grad_z again.
+kernels on chip. The kernels multiply and add in float32, in every precision: matrix units would want each value in two
+layouts, one for the graph of its channel and one for the graph of its frame. docs/kernels.md has the figures.
 """
 
 from __future__ import annotations
@@ -46,13 +32,13 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .frame_statistics import combined, new_parts, store_part
+from .frame_statistics import combined, new_parts, store_moments
+from .frame_tiles import warps
 from .launch import (
     TILE_LIMIT,
     cdiv,
     device_function,
     dot_precision,
-    exact_float32,
     kernel,
     launch,
     launchable,
@@ -62,6 +48,7 @@ from .launch import (
     unit,
 )
 from .operator import Fused, Operator, check_mask, check_shapes
+from .pointwise import add_split_product, tf32
 
 BLOCK_ELEMENTS = 1 << 21  # elements of the frame-level graph that exist at a time in the reference
 CACHED_ELEMENTS = 1 << 17  # and in the analytic passes
@@ -184,193 +171,184 @@ def _saturated(relations: Tensor, bias: Tensor | None, frames: slice, scale: Ten
     return (received - sent.mT).sigmoid_().mul_(2 * scale).sub_(scale)
 
 
-@device_function
-def _load_relation(y_ptr, bias_ptr, channel, plane, o_v, o_t, V, T, m_t):
-    """Channel ``channel`` of y at joints o_v and frames o_t, transposed: [BT, BV]."""
-    inside = m_t[:, None] & (o_v < V)[None, :]
-    r = tl.load(y_ptr + channel * plane + o_v[None, :] * T + o_t[:, None], mask=inside, other=0.0).to(
-        tl.float32
-    )
-    if bias_ptr is not None:
-        r += tl.load(bias_ptr + channel).to(tl.float32)
-    return r
+# The kernels split every axis in two: R.. consecutive indices in one thread, L.. across threads. Triton gives the last
+# axes of a tensor to the threads, so each thread multiplies a small block of every axis and loads it in vectors.
 
 
 @device_function
-def _tanh_graph(received, sent):
-    """tanh of every difference: received [BT, BU], sent [BT, BV] -> [BT, BU, BV]."""
+def _indices(R: tl.constexpr, L: tl.constexpr):
+    """Indices of an axis as a tensor [R, L]: consecutive ones belong to one thread."""
+    return tl.arange(0, R)[:, None] + R * tl.arange(0, L)[None, :]
+
+
+@device_function
+def _outer(x, y):
+    """Sums x + y of two axes each: [A, LA], [B, LB] -> [A, B, LA, LB]."""
+    return x[:, None, :, None] + y[None, :, None, :]
+
+
+@device_function
+def _both(x, y):
+    """Masks x & y of two axes each: [A, LA], [B, LB] -> [A, B, LA, LB]."""
+    return x[:, None, :, None] & y[None, :, None, :]
+
+
+@device_function
+def _tanh(d):
     # tanh(d) = 1 - 2 / (exp(2 d) + 1); exp(2 d) = exp2(2 d / log 2) reaches 0 or infinity without harm.
-    return 1.0 - 2.0 / (tl.exp2(2.8853900817779268 * (received[:, :, None] - sent[:, None, :])) + 1.0)
+    return 1.0 - 2.0 / (tl.exp2(2.8853900817779268 * d) + 1.0)
 
 
 @device_function
-def _load_value(y_ptr, bias_ptr, channel, o_c, F, plane, o_v, o_t, V, T, m_t, EVEN: tl.constexpr):
-    """y of channels ``channel`` + o_c at joints o_v and frames o_t: [BC, BV, BT], zero where there is no joint."""
-    inside = ((o_v < V)[:, None] & m_t[None, :])[None]
-    if not EVEN:
-        inside = inside & (channel + o_c < F)[:, None, None]
-    offsets = o_c[:, None, None] * plane.to(tl.int32) + (o_v[:, None] * T + o_t[None, :])[None]
-    y = tl.load(y_ptr + channel * plane + offsets, mask=inside, other=0.0)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + channel + o_c, mask=channel + o_c < F, other=0.0)[:, None] + tl.zeros_like(
-            o_v
-        )[None, :].to(tl.float32)
-        y = (y + tl.where((o_v < V)[None, :], bias, 0.0)[:, :, None]).to(y.dtype)
-    return y
-
-
-@device_function
-def _load_graph(graph_ptr, channel, o_c, o_u, o_v, PV: tl.constexpr, dtype: tl.constexpr):
-    """Padded graph of channels ``channel`` + o_c between joints o_u and o_v: [BC, BU, BV]."""
-    offsets = (o_c[:, None, None] * PV + o_u[None, :, None]) * PV + o_v[None, None, :]
-    return tl.load(graph_ptr + channel * (PV * PV) + offsets).to(dtype)
-
-
-@device_function
-def _add_products(constant, by_frame, graph, frame, values, PRECISION: tl.constexpr):
-    """Add graph @ values per channel (BC, BU, BT) and frame @ values per frame (BT, BU, BC); values (BC, BV, BT)."""
-    constant = tl.dot(graph, values, constant, input_precision=PRECISION)
-    return constant, tl.dot(frame, tl.permute(values, (2, 1, 0)), by_frame, input_precision=PRECISION)
+def _relation_bias(bias_ptr, channel):
+    if bias_ptr is None:
+        return 0.0
+    else:
+        return tl.load(bias_ptr + channel).to(tl.float32)
 
 
 @kernel
-def _dynamic_graph_conv_forward_kernel(
-    x_ptr, graph_ptr, beta_ptr, bias_ptr, mask_ptr, z_ptr, parts_ptr, F, V, T, P, EVEN: tl.constexpr,
-    NV: tl.constexpr, BC: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+def _dynamic_graph_conv_apply_kernel(
+    x_ptr, relation_ptr, graph_ptr, beta_ptr, bias_ptr, mask_ptr, out_ptr, parts_ptr, sums_ptr, F, V, T, RELATIONS, NC,
+    P, REVERSE: tl.constexpr, RC: tl.constexpr, RU: tl.constexpr, RT: tl.constexpr, LC: tl.constexpr, LU: tl.constexpr,
+    LT: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
+    """Apply both graphs to values, or transposed to their gradient (REVERSE).
+
+    relation_ptr: what is received and sent, float32, a sequence ``RELATIONS`` channels behind the one before. graph_ptr: the
+    constant graph (N, sending joint, F, receiving joint), padded with zeros to blocks of receiving joints;
+    of the gradient's, receivers send. parts_ptr: statistics of the output; sums_ptr: sums over joints and frames, (P, F).
+    """
     T = T * UNIT
     plane = (V * T).to(tl.int64)
-    i_t, i_u, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    PV: tl.constexpr = NV * BV
-    dtype = x_ptr.dtype.element_ty
-    o_c, o_j, o_t = tl.arange(0, BC), tl.arange(0, BV), tl.arange(0, BT)
-    o_u = i_u * BV + o_j
+    i_c, i_t, i_u = tl.program_id(0) % NC, tl.program_id(0) // NC, tl.program_id(1)
+    i_n = tl.program_id(2).to(tl.int64)
+    BU: tl.constexpr = RU * LU
+    BT: tl.constexpr = RT * LT
+    o_c, o_u, o_t = _indices(RC, LC), _indices(RU, LU), _indices(RT, LT)
     m_t = o_t < T - i_t * BT
-    x_ptr += i_n * (F + 2) * plane + i_t * BT
-    z_ptr += i_n * F * plane + i_t * BT
-    graph_ptr += i_n * tl.cdiv(F, BC) * (BC * PV * PV)
+    if REVERSE:
+        x_ptr += i_n * F * plane
+        out_ptr += i_n * (F + 2) * plane
+    else:
+        x_ptr += i_n * (F + 2) * plane
+        out_ptr += i_n * F * plane
+    first = i_c * (RC * LC)
+    p_x = x_ptr + first * plane + i_t * BT + _outer(o_c * (V * T), o_t)
+    width = tl.num_programs(1) * BU
+    graph_ptr += (i_n * V * F + first) * width + i_u * BU
+    p_graph = graph_ptr + _outer(o_c * width, o_u)
+    # The graph of a frame is made by all threads, each number once, and then spread to those that need it.
+    f_u, f_t = i_u * BU + tl.arange(0, BU), tl.arange(0, BT)
+    m_f = f_t < T - i_t * BT
+    relation_ptr += i_n * RELATIONS * plane + i_t * BT
+    p_own = relation_ptr + REVERSE * plane + f_u[:, None] * T + f_t[None, :]
+    p_other = relation_ptr + (1 - REVERSE) * plane + f_t
+    own = tl.load(p_own, mask=(f_u < V)[:, None] & m_f[None, :], other=0.0)
+    shift = _relation_bias(bias_ptr, F) - _relation_bias(bias_ptr, F + 1)
     beta = tl.load(beta_ptr).to(tl.float32)
-    received = _load_relation(x_ptr, bias_ptr, F, plane, o_u, o_t, V, T, m_t)
-    if NV == 1:
-        sent = _load_relation(x_ptr, bias_ptr, F + 1, plane, o_j, o_t, V, T, m_t)
-        frame = (beta * _tanh_graph(received, sent)).to(dtype)  # [BT, BU, BV]
+    if REVERSE:
+        shift, beta = -shift, -beta
+    own += shift
+    if bias_ptr is not None and not REVERSE:
+        bias = tl.load(bias_ptr + first + o_c).to(tl.float32)
+    z = tl.zeros([RC, RU, RT, LC, LU, LT], tl.float32)
+    for _ in tl.range(0, V, num_stages=STAGES):
+        x = tl.load(p_x, mask=m_t[None, :, None, :], other=0.0).to(tl.float32)  # [RC, RT, LC, LT]
+        graph = tl.load(p_graph)  # [RC, RU, LC, LU]
+        other = tl.load(p_other, mask=m_f, other=0.0)
+        if bias_ptr is not None and not REVERSE:
+            x += bias[:, None, :, None]
+        frame = beta * _tanh(own - other[None, :])  # [BU, BT]
+        frame = tl.permute(tl.reshape(frame, [LU, RU, LT, RT]), (1, 3, 0, 2))
+        z += (graph[:, :, None, :, :, None] + frame[None, :, :, None, :, :]) * x[:, None, :, :, None, :]
+        p_x += T
+        p_graph += F * width
+        p_other += T
+    u = i_u * BU + o_u
+    channel = first + o_c
+    i_p = (i_n * tl.num_programs(1) + i_u) * (tl.num_programs(0) // NC) + i_t
     if parts_ptr is not None:
-        m_real = m_t & (tl.load(mask_ptr + i_n * T + i_t * BT + o_t, mask=m_t, other=0) != 0)
-        m_z = ((o_u < V)[:, None] & m_real[None, :])[None]
-        count = tl.sum(m_real.to(tl.float32)) * tl.sum((o_u < V).to(tl.float32))
-        i_p = (i_n * tl.num_programs(1) + i_u) * tl.num_programs(0) + i_t
-    inside = ((o_u < V)[:, None] & m_t[None, :])[None]
-    o_z = o_c[:, None, None] * (V * T) + (o_u[:, None] * T + o_t[None, :])[None]
-    for c in range(0, F, BC):
-        constant = tl.zeros([BC, BV, BT], tl.float32)
-        by_frame = tl.zeros([BT, BV, BC], tl.float32)
-        for j in range(0, NV):
-            o_v = j * BV + o_j
-            y = _load_value(x_ptr, bias_ptr, c, o_c, F, plane, o_v, o_t, V, T, m_t, EVEN)  # [BC, BV, BT]
-            graph = _load_graph(graph_ptr, c, o_c, o_u, o_v, PV, dtype)  # [BC, BU, BV]
-            if NV > 1:
-                sent = _load_relation(x_ptr, bias_ptr, F + 1, plane, o_v, o_t, V, T, m_t)
-                frame = (beta * _tanh_graph(received, sent)).to(dtype)
-            constant, by_frame = _add_products(constant, by_frame, graph, frame, y, PRECISION)
-        z = (constant + tl.permute(by_frame, (2, 1, 0))).to(dtype)  # [BC, BU, BT]
-        m_c = c + o_c < F
-        tl.store(z_ptr + c * plane + o_z, z, mask=inside & m_c[:, None, None])
-        if parts_ptr is not None:
-            store_part(parts_ptr, i_p, z.to(tl.float32), m_z, c + o_c, m_c, F, P, count)
+        real = m_t & (tl.load(mask_ptr + i_n * T + i_t * BT + o_t, mask=m_t, other=0) != 0)
+        m_z = _both(u < V, real)  # [RU, RT, LU, LT]
+        count = tl.sum(tl.sum(real.to(tl.float32), 1), 0) * tl.minimum(V - i_u * BU, BU).to(tl.float32)
+        mean = _sum_of_channels(tl.where(m_z[None, :, :, None], z, 0.0)) / tl.maximum(count, 1.0)
+        deviation = tl.where(m_z[None, :, :, None], z - mean[:, None, None, :, None, None], 0.0)
+        squares = _sum_of_channels(deviation * deviation)
+        store_moments(parts_ptr, i_p, count, mean, squares, channel, channel < F, F, P)
+    if sums_ptr is not None:
+        inside = (u < V)[None, :, None, None, :, None]
+        tl.store(sums_ptr + i_p * F + channel, _sum_of_channels(tl.where(inside, z, 0.0)))
+    out_ptr += first * plane + i_t * BT
+    p_out = out_ptr + (
+        (o_c * (V * T))[:, None, None, :, None, None] + _outer(u * T, o_t)[None, :, :, None, :, :]
+    )
+    tl.store(p_out, z.to(out_ptr.dtype.element_ty), mask=_both(u < V, m_t)[None, :, :, None])
+
+
+@device_function
+def _sum_of_channels(z):
+    """[RC, RU, RT, LC, LU, LT] -> [RC, LC]"""
+    return tl.sum(tl.sum(tl.sum(tl.sum(z, 2), 1), 3), 2)
 
 
 @kernel
-def _dynamic_graph_conv_backward_kernel(
-    grad_ptr, x_ptr, graph_ptr, beta_ptr, bias_ptr, grad_x_ptr, received_ptr, sent_ptr, scalars_ptr, grad_bias_ptr,
-    N, F, V, T, VALUE: tl.constexpr, RELATION: tl.constexpr, EVEN: tl.constexpr,
-    NV: tl.constexpr, BC: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+def _dynamic_graph_conv_relation_kernel(
+    grad_ptr, x_ptr, beta_ptr, bias_ptr, grad_x_ptr, received_ptr, sent_ptr, scalars_ptr, N, F, V, T, NV: tl.constexpr,
+    RU: tl.constexpr, RV: tl.constexpr, RT: tl.constexpr, LU: tl.constexpr, LV: tl.constexpr, LT: tl.constexpr,
+    STAGES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """VALUE: gradient of the values. RELATION: gradients of what is received and sent, and of beta.
+    """Gradients of what is received and sent, and of beta, from a pair of blocks of joints.
 
-    As two launches, the first has a program for each block of senders, the second one for each pair of blocks;
-    partial sums of pairs lie behind one another.
+    With several blocks, partial sums of what is received and sent lie behind one another.
     """
     T = T * UNIT
     plane = (V * T).to(tl.int64)
     i_t, i_uv, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_u, i_v = i_uv // NV, i_uv % NV
-    PV: tl.constexpr = NV * BV
-    dtype = x_ptr.dtype.element_ty
-    o_c, o_j, o_t = tl.arange(0, BC), tl.arange(0, BV), tl.arange(0, BT)
-    o_v = i_v * BV + o_j
+    BT: tl.constexpr = RT * LT
+    o_t = _indices(RT, LT)
+    u, v = i_u * (RU * LU) + _indices(RU, LU), i_v * (RV * LV) + _indices(RV, LV)
     m_t = o_t < T - i_t * BT
+    m_u, m_v = _both(u < V, m_t), _both(v < V, m_t)
+    o_ut, o_vt = _outer(u * T, o_t), _outer(v * T, o_t)
     x_ptr += i_n * (F + 2) * plane + i_t * BT
-    grad_ptr += i_n * F * plane + i_t * BT
     grad_x_ptr += i_n * (F + 2) * plane + i_t * BT
-    if VALUE:
-        graph_ptr += i_n * tl.cdiv(F, BC) * (BC * PV * PV)
+    p_grad, p_x = grad_ptr + i_n * F * plane + i_t * BT + o_ut, x_ptr + o_vt
+    total = tl.zeros([RU, RV, RT, LU, LV, LT], tl.float32)
+    for c in tl.range(0, F, num_stages=STAGES):
+        grad = tl.load(p_grad, mask=m_u, other=0.0).to(tl.float32)  # [RU, RT, LU, LT]
+        x = tl.load(p_x, mask=m_v, other=0.0).to(tl.float32)  # [RV, RT, LV, LT]
+        if bias_ptr is not None:
+            x += tl.load(bias_ptr + c).to(tl.float32)
+        total += grad[:, None, :, :, None, :] * x[None, :, :, None, :, :]
+        p_grad += plane
+        p_x += plane
     beta = tl.load(beta_ptr).to(tl.float32)
-    sent = _load_relation(x_ptr, bias_ptr, F + 1, plane, o_v, o_t, V, T, m_t)
-    if NV == 1 or RELATION:
-        o_u = i_u * BV + o_j
-        received = _load_relation(x_ptr, bias_ptr, F, plane, o_u, o_t, V, T, m_t)
-    if VALUE and NV == 1:
-        # Made transposed, since that is how it is used: [BT, BV, BU].
-        frame = (-beta * _tanh_graph(sent, received)).to(dtype)
-    if RELATION:
-        grad_frame = tl.zeros([BT, BV, BV], tl.float32)
-    inside = ((o_v < V)[:, None] & m_t[None, :])[None]
-    o_x = o_c[:, None, None] * (V * T) + (o_v[:, None] * T + o_t[None, :])[None]
-    for c in range(0, F, BC):
-        if NV == 1 or not VALUE:
-            grad = _load_value(grad_ptr, None, c, o_c, F, plane, o_u, o_t, V, T, m_t, EVEN)  # [BC, BU, BT]
-        if VALUE:
-            constant = tl.zeros([BC, BV, BT], tl.float32)
-            by_frame = tl.zeros([BT, BV, BC], tl.float32)
-            # The graph comes transposed: [BC, BV, BU].
-            if NV == 1:
-                graph = _load_graph(graph_ptr, c, o_c, o_v, o_u, PV, dtype)
-                constant, by_frame = _add_products(constant, by_frame, graph, frame, grad, PRECISION)
-            else:
-                for j in range(0, NV):
-                    o_r = j * BV + o_j
-                    block = _load_value(grad_ptr, None, c, o_c, F, plane, o_r, o_t, V, T, m_t, EVEN)
-                    graph = _load_graph(graph_ptr, c, o_c, o_v, o_r, PV, dtype)
-                    receiving = _load_relation(x_ptr, bias_ptr, F, plane, o_r, o_t, V, T, m_t)
-                    by_block = (-beta * _tanh_graph(sent, receiving)).to(dtype)
-                    constant, by_frame = _add_products(constant, by_frame, graph, by_block, block, PRECISION)
-            grad_x = constant + tl.permute(by_frame, (2, 1, 0))  # [BC, BV, BT]
-            m_c = c + o_c < F
-            tl.store(grad_x_ptr + c * plane + o_x, grad_x.to(dtype), mask=inside & m_c[:, None, None])
-            if grad_bias_ptr is not None:
-                i_p = (i_n * tl.num_programs(1) + i_uv) * tl.num_programs(0) + i_t
-                total = tl.sum(tl.sum(tl.where(inside, grad_x, 0.0), 2), 1)
-                tl.store(grad_bias_ptr + i_p * F + c + o_c, total, mask=m_c)
-        if RELATION:
-            y = _load_value(x_ptr, bias_ptr, c, o_c, F, plane, o_v, o_t, V, T, m_t, EVEN)  # [BC, BV, BT]
-            grad_frame = tl.dot(
-                tl.permute(grad, (2, 1, 0)), tl.permute(y, (2, 0, 1)), grad_frame, input_precision=PRECISION
-            )  # [BT, BU, BV]
-    if RELATION:
-        real = m_t[:, None, None] & ((o_u < V)[:, None] & (o_v < V)[None, :])[None]
-        grad_frame = tl.where(real, grad_frame, 0.0)
-        s = _tanh_graph(received, sent)
-        a = beta * (1.0 - s * s) * grad_frame  # [BT, BU, BV]
-        total_beta = tl.sum(tl.sum(tl.sum(s * grad_frame, 2), 1), 0)
-        total_shift = tl.sum(tl.sum(tl.sum(a, 2), 1), 0)
-        i_p = (i_n * tl.num_programs(1) + i_uv) * tl.num_programs(0) + i_t
-        tl.store(scalars_ptr + 2 * i_p, total_beta)
-        tl.store(scalars_ptr + 2 * i_p + 1, total_shift)
-        m_u, m_v = m_t[:, None] & (o_u < V)[None, :], m_t[:, None] & (o_v < V)[None, :]
-        receiver = (i_v * N + i_n) * plane + i_t * BT + o_u[None, :] * T + o_t[:, None]
-        sender = (i_u * N + i_n) * plane + i_t * BT + o_v[None, :] * T + o_t[:, None]
-        if NV == 1:  # nothing to be added up: straight into the last two channels of the gradient
-            tl.store(
-                grad_x_ptr + F * plane + o_u[None, :] * T + o_t[:, None], tl.sum(a, 2).to(dtype), mask=m_u
-            )
-            tl.store(
-                grad_x_ptr + (F + 1) * plane + o_v[None, :] * T + o_t[:, None],
-                -tl.sum(a, 1).to(dtype),
-                mask=m_v,
-            )
-        else:
-            tl.store(received_ptr + receiver, tl.sum(a, 2), mask=m_u)
-            tl.store(sent_ptr + sender, -tl.sum(a, 1), mask=m_v)
+    received = tl.load(x_ptr + F * plane + o_ut, mask=m_u, other=0.0).to(tl.float32)
+    received += _relation_bias(bias_ptr, F) - _relation_bias(bias_ptr, F + 1)
+    sent = tl.load(x_ptr + (F + 1) * plane + o_vt, mask=m_v, other=0.0).to(tl.float32)
+    # It is zero beyond the receivers and the frames, but not beyond the senders, whose bias was added.
+    total = tl.where((v < V)[None, :, None, None, :, None], total, 0.0)
+    s = _tanh(received[:, None, :, :, None, :] - sent[None, :, :, None, :, :])
+    i_p = (i_n * tl.num_programs(1) + i_uv) * tl.num_programs(0) + i_t
+    by_s = s * total
+    tl.store(scalars_ptr + 2 * i_p, _sum_of_all(by_s))
+    a = beta * (total - s * by_s)
+    tl.store(scalars_ptr + 2 * i_p + 1, _sum_of_all(a))
+    of_receivers, of_senders = tl.sum(tl.sum(a, 1), 3), -tl.sum(tl.sum(a, 0), 2)
+    if NV == 1:  # nothing to be added up: straight into the last two channels of the gradient
+        dtype = grad_x_ptr.dtype.element_ty
+        tl.store(grad_x_ptr + F * plane + o_ut, of_receivers.to(dtype), mask=m_u)
+        tl.store(grad_x_ptr + (F + 1) * plane + o_vt, of_senders.to(dtype), mask=m_v)
+    else:
+        tl.store(received_ptr + (i_v * N + i_n) * plane + i_t * BT + o_ut, of_receivers, mask=m_u)
+        tl.store(sent_ptr + (i_u * N + i_n) * plane + i_t * BT + o_vt, of_senders, mask=m_v)
+
+
+@device_function
+def _sum_of_all(x):
+    return tl.sum(tl.sum(tl.sum(tl.sum(tl.sum(tl.sum(x, 2), 1), 0), 2), 1), 0)
 
 
 @kernel
@@ -394,54 +372,56 @@ def _dynamic_graph_conv_graph_kernel(
     for i in range(0, STEPS):
         t = (i_s * STEPS + i) * BT + o_t
         m_t = (t < T)[None, :]
-        grad = tl.load(
-            grad_ptr + o_u[:, None] * T + t[None, :], mask=(o_u < V)[:, None] & m_t, other=0.0
-        )  # [BU, BT]
-        y = tl.load(
-            x_ptr + o_v[:, None] * T + t[None, :], mask=(o_v < V)[:, None] & m_t, other=0.0
-        )  # [BV, BT]
+        # [BU, BT] and [BV, BT]
+        grad = tl.load(grad_ptr + o_u[:, None] * T + t[None, :], mask=(o_u < V)[:, None] & m_t, other=0.0)
+        x = tl.load(x_ptr + o_v[:, None] * T + t[None, :], mask=(o_v < V)[:, None] & m_t, other=0.0)
         if bias_ptr is not None:
-            y = (y + bias).to(y.dtype)
-        total = tl.dot(grad, tl.trans(y), total, input_precision=PRECISION)
+            x = (x + bias).to(x.dtype)
+        if PRECISION == "tf32x3":
+            a, b = tf32(grad), tf32(x)
+            total = add_split_product(a, grad - a, tl.trans(b), tl.trans(x - b), total)
+        else:
+            total = tl.dot(grad, tl.trans(x), total, input_precision=PRECISION)
     place = (i_s * tl.num_programs(0).to(tl.int64) + i_nf) * (V * V)
     inside = (o_u < V)[:, None] & (o_v < V)[None, :]
     tl.store(out_ptr + place + o_u[:, None] * V + o_v[None, :], total, mask=inside)
 
 
-# Tile sizes by rule: what keeps the frame graph, one (BT, BV, BV) block, and the products' operands within registers
-# and shared memory on every architecture (python -m bench.compiled). A product needs at least 16 along its sum.
+STAGES = 2
+"""Loads of the next step on their way while one is computed."""
 
 
-def _tiling(x: Tensor, channels: int, frames: int) -> dict[str, int]:
-    """The constants that follow from the sizes of x and of a tile."""
-    _, total, v, t = x.shape
-    joints = 32 if 16 < v <= 32 else 16
+def _blocks_of_joints(v: int) -> int:
+    """Joints of a block: a thread holds an eighth of 32, a quarter of 16."""
+    return 32 if v > 16 else 16
+
+
+def _apply_tiling(x: Tensor, features: int) -> dict[str, int]:
+    """4 channels, 8 joints and 4 frames for each of 128 threads, fewer where there are not as many."""
+    channels = next(c for c in (32, 16, 8) if features % c == 0)
+    joints = _blocks_of_joints(x.shape[2])
+    return {"RC": channels // 8, "LC": 8, "RU": joints // 4, "LU": 4} | _frame_tiling(x, 32)
+
+
+def _relation_tiling(x: Tensor) -> dict[str, int]:
+    """8 receiving joints, 4 sending ones and 4 frames for each of 128 threads; in half precision 8, 8 and 2.
+
+    Half-precision operands are converted by every thread for itself, so that fewer of them are better.
+    """
+    joints, senders = _blocks_of_joints(x.shape[2]), 8 if x.dtype == torch.float32 else 4
     return {
-        "BC": channels, "BV": joints, "BT": frames, "NV": cdiv(v, joints), "EVEN": (total - 2) % channels == 0,
-        "UNIT": unit(t),
+        "RU": joints // 4, "LU": 4, "RV": joints // senders, "LV": senders, "NV": cdiv(x.shape[2], joints),
+    } | _frame_tiling(x, 4 * senders)  # fmt: skip
+
+
+def _frame_tiling(x: Tensor, others: int) -> dict[str, int]:
+    """Tiles of 16 frames among 128 threads, ``others`` of which share frames."""
+    # Twice as many threads for AMD, whose compiler needs more registers.
+    threads = 256 if target_of(x).backend == "hip" else 128
+    frames = threads // others
+    return {
+        "RT": 16 // frames, "LT": frames, "UNIT": unit(x.shape[3]), "STAGES": STAGES, "num_warps": warps(x, threads),
     }  # fmt: skip
-
-
-def _short_tiles(x: Tensor) -> bool:
-    """Whether tiles have 8 frames: for operands of tf32x3, in little shared memory, with unaligned rows."""
-    target = target_of(x)
-    wide = x.dtype == torch.float32 and target.backend != "hip"
-    return unit(x.shape[3]) == 1 or (wide and (exact_float32() or target.shared_memory < 160_000))
-
-
-def _forward_tiling(x: Tensor) -> dict[str, int]:
-    return _tiling(x, 8, 8 if _short_tiles(x) else 16)
-
-
-def _backward_passes(x: Tensor) -> list[tuple[bool, bool, dict[str, int]]]:
-    """Launches of the backward kernel: (VALUE, RELATION, tiling). Together they read grad_z once, apart twice."""
-    wide, hip = x.dtype == torch.float32, target_of(x).backend == "hip"
-    if x.shape[2] > 32 or _short_tiles(x) or (wide and hip):
-        return [
-            (True, False, _forward_tiling(x)),
-            (False, True, _tiling(x, 16, 8 if unit(x.shape[3]) == 1 else 16)),
-        ]
-    return [(True, True, _tiling(x, 16, 8 if wide else 16))]
 
 
 def _unsupported(
@@ -459,32 +439,50 @@ def _unsupported(
     return None
 
 
-def _padded(graph: Tensor, dtype: torch.dtype, tiling: dict[str, int]) -> Tensor:
-    """The graph in ``dtype``, padded with zeros to whole tiles of channels and joints."""
+def _packed(graph: Tensor) -> Tensor:
+    """The graph as (N, sending joint, F, receiving joint) in float32, padded with zeros to blocks of receiving joints."""
     n, features, v, _ = graph.shape
-    joints = tiling["NV"] * tiling["BV"]
-    padded = graph.new_zeros(n, cdiv(features, tiling["BC"]) * tiling["BC"], joints, joints, dtype=dtype)
-    padded[:, :features, :v, :v] = graph
-    return padded
+    joints = _blocks_of_joints(v)
+    packed = graph.new_zeros(n, v, features, cdiv(v, joints) * joints, dtype=torch.float32)
+    packed[..., :v] = graph.permute(0, 3, 1, 2)
+    return packed
 
 
 def _forward(
     x: Tensor, graph: Tensor, beta: Tensor, bias: Optional[Tensor], mask: Optional[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, channels, v, t = x.shape
-    features = channels - 2
-    z = x.new_empty(n, features, v, t)
+    z = x.new_empty(n, channels - 2, v, t)
     if not launchable(x):
-        return z, *combined(None if mask is None else new_parts(x, features, 0))
+        return z, *combined(None if mask is None else new_parts(x, channels - 2, 0))
     x, mask = rows(x), None if mask is None else rows(mask)
-    tiling = _forward_tiling(x)
-    blocks, tiles = tiling["NV"], cdiv(t, tiling["BT"])
-    parts = None if mask is None else new_parts(x, features, n * blocks * tiles)
-    launch(
-        _dynamic_graph_conv_forward_kernel, (tiles, blocks, n), x, _padded(graph, x.dtype, tiling), beta, bias, mask, z,
-        parts, features, v, t // tiling["UNIT"], n * blocks * tiles, PRECISION=dot_precision(x), num_warps=8, **tiling,
-    )  # fmt: skip
+    parts, _ = _apply(x, x, graph, beta, bias, mask, z, sums=False)
     return z, *combined(parts)
+
+
+def _apply(
+    x: Tensor, relations: Tensor, graph: Tensor, beta: Tensor, bias: Tensor | None, mask: Tensor | None, out: Tensor,
+    *, sums: bool,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Apply the graphs to x, or transposed to a gradient x, for which ``out`` has two channels more.
+
+    Returns the parts of the statistics of ``out``, if there is a mask, and of its sums over joints and frames, if wanted.
+    """
+    n, features, v, _ = graph.shape
+    t, tiling = x.shape[3], _apply_tiling(x, features)
+    blocks, tiles = cdiv(v, _blocks_of_joints(v)), cdiv(t, tiling["RT"] * tiling["LT"])
+    count, groups = n * blocks * tiles, features // (tiling["RC"] * tiling["LC"])
+    parts = None if mask is None else new_parts(x, features, count)
+    channel_sums = x.new_empty(count, features, dtype=torch.float32) if sums else None
+    reverse = out.shape[1] > features
+    # Half-precision relations are widened here: Triton would convert them, and make the graph, once for each channel.
+    relations = relations[:, features:].float()
+    launch(
+        _dynamic_graph_conv_apply_kernel, (tiles * groups, blocks, n), x, relations,
+        _packed(graph.mT if reverse else graph), beta, bias, mask, out, parts, channel_sums, features, v,
+        t // tiling["UNIT"], relations.stride(0) // (v * t), groups, count, REVERSE=int(reverse), **tiling,
+    )  # fmt: skip
+    return parts, channel_sums
 
 
 def _backward(
@@ -520,24 +518,17 @@ def _backward_input(
     def new(*shape: int) -> Tensor:
         return x.new_empty(*shape, dtype=torch.float32)
 
-    for value, relation, tiling in _backward_passes(x):
-        blocks, tiles = tiling["NV"], cdiv(t, tiling["BT"])
-        programs = tiles * n * (blocks if value else blocks**2)
-        received, sent = (
-            (new(blocks, n, v, t), new(blocks, n, v, t)) if relation and blocks > 1 else (None, None)
-        )
-        if value:
-            channel_sums = None if bias is None else new(programs, features)
-        if relation:
-            scalars = new(programs, 2)
-        launch(
-            _dynamic_graph_conv_backward_kernel, (tiles, programs // (tiles * n), n), grad, x,
-            _padded(graph.mT, x.dtype, tiling) if value else None, beta, bias, grad_x, received, sent,
-            scalars if relation else None, channel_sums if value else None, n, features, v, t // tiling["UNIT"],
-            VALUE=value, RELATION=relation, PRECISION=dot_precision(x), num_warps=8, **tiling,
-        )  # fmt: skip
-        if relation and blocks > 1:
-            grad_x[:, features], grad_x[:, features + 1] = received.sum(0), sent.sum(0)
+    _, channel_sums = _apply(grad, x, graph, beta, bias, None, grad_x, sums=bias is not None)
+    tiling = _relation_tiling(x)
+    blocks, tiles = tiling["NV"], cdiv(t, tiling["RT"] * tiling["LT"])
+    received, sent = (new(blocks, n, v, t), new(blocks, n, v, t)) if blocks > 1 else (None, None)
+    scalars = new(tiles * n * blocks**2, 2)
+    launch(
+        _dynamic_graph_conv_relation_kernel, (tiles, blocks**2, n), grad, x, beta, bias, grad_x, received, sent,
+        scalars, n, features, v, t // tiling["UNIT"], **tiling,
+    )  # fmt: skip
+    if blocks > 1:
+        grad_x[:, features], grad_x[:, features + 1] = received.sum(0), sent.sum(0)
     grad_beta, shift = scalars.sum(0).split(1)
     if bias is None:
         return grad_beta.to(beta.dtype), None
@@ -547,14 +538,14 @@ def _backward_input(
 def _backward_graph(grad: Tensor, x: Tensor, graph: Tensor, bias: Tensor | None) -> Tensor:
     n, features, v, t = grad.shape
     align = unit(t)
-    joints, frames = 32 if v > 16 else 16, 32 if align == 1 else 64
+    joints, frames = _blocks_of_joints(v), 32
     # A program's sum over time is cut where there are too few programs to fill a GPU.
-    steps = cdiv(cdiv(t, frames), cdiv(1024, n * features))
+    steps = cdiv(cdiv(t, frames), cdiv(2048, n * features))
     splits = cdiv(cdiv(t, frames), steps)
     out = x.new_empty(splits, n, features, v, v, dtype=torch.float32)
     launch(
         _dynamic_graph_conv_graph_kernel, (n * features, splits, cdiv(v, joints) ** 2), grad, x, bias, out, features, v,
-        t // align, steps, BV=joints, BT=frames, UNIT=align, PRECISION=dot_precision(x), num_warps=4, num_stages=3,
+        t // align, steps, BV=joints, BT=frames, UNIT=align, PRECISION=dot_precision(x), num_warps=2, num_stages=3,
     )  # fmt: skip
     return out.sum(0).to(graph.dtype)
 

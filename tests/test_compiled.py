@@ -31,11 +31,15 @@ class Work:
 PRODUCT, ROWS, SUMS = Work(matrix=True, rows=True), Work(rows=True), Work()
 # Most accesses in the code of a program are those of a gradient (F, F, 3), with stride 3, or of weights.
 WEIGHTS = Work(matrix=True)
+POINTWISE = {"pointwise_pack": SUMS, "pointwise": PRODUCT, "pointwise_weight": PRODUCT}
 # Every operator's kernels, shared ones too.
 KERNELS = {
-    "multiscale_graph_conv": {"multiscale_graph_conv": PRODUCT, "combine_parts": SUMS},
+    "multiscale_graph_conv": POINTWISE | {"combine_parts": SUMS},
+    "pointwise_conv": POINTWISE,
     "dynamic_graph_conv": {
-        **dict.fromkeys((f"dynamic_graph_conv_{part}" for part in ("forward", "backward", "graph")), PRODUCT),
+        # Threads hold 4 frames, which are 8 bytes in half precision.
+        **dict.fromkeys((f"dynamic_graph_conv_{part}" for part in ("apply", "relation")), SUMS),
+        "dynamic_graph_conv_graph": PRODUCT,
         "combine_parts": SUMS,
     },
     "masked_batch_norm": {
@@ -77,9 +81,9 @@ KERNELS = {
     "pairwise_distance": dict.fromkeys(("pairwise_distance_forward", "pairwise_distance_backward"), SUMS),
     "moment_update": {"moment_update": SUMS},  # more about it in tests/test_moment_kernels.py
 }
-# Versions for a sweep of lengths: one for multiples of 16, one for others. One source may be two kernels: the backward
-# pass of the dynamic graph convolution starts it for values and for relations.
-VERSIONS = {"_dynamic_graph_conv_backward_kernel": 4}
+# Versions for a sweep of lengths: one for multiples of 16, one for others. One source may be two kernels: one for the
+# forward and one for the backward pass.
+VERSIONS = {"_dynamic_graph_conv_apply_kernel": 4, "_pointwise_kernel": 4}
 
 
 def work(code: dict) -> Work:
