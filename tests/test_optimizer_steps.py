@@ -182,14 +182,14 @@ def test_a_step_after_a_change_is_that_of_an_optimizer_that_keeps_nothing(
 @each_class
 def test_every_setting_of_a_group_may_change_between_two_steps(make: Callable):
     optimizer = make([nn.Parameter(torch.ones(3, device=DEVICE))], weight_decay=0.5)
-    changes = {"lr": 0.2, "momenta": (0.5, 0.6), "betas": (0.7, 0.8), "beta2": 0.9, "eps": 1e-3, "alpha": 0.7,
-               "dampening": 0.25, "weight_decay": 0.1, "decoupled_weight_decay": True, "maximize": True}  # fmt: skip
+    changes = [("lr", 0.2), ("momenta", (0.5, 0.6)), ("betas", (0.7, 0.8)), ("beta2", 0.9), ("eps", 1e-3), ("alpha", 0.7),
+               ("weight_decay", 0.1), ("decoupled_weight_decay", True), ("maximize", True)]  # fmt: skip
     if isinstance(optimizer, LCAM):
-        changes["nesterov"] = True
-    for name in changes.keys() & optimizer.param_groups[0].keys():
+        changes += [("nesterov", True), ("nesterov", False), ("dampening", 0.25)]
+    for name, value in [change for change in changes if change[0] in optimizer.param_groups[0]]:
         gradients(optimizer, 0)
         optimizer.step(loss=1.0)
-        optimizer.param_groups[0][name] = changes[name]
+        optimizer.param_groups[0][name] = value
         assert_steps_like_a_copy(optimizer, 1.0)
 
 
