@@ -327,7 +327,10 @@ def _amd_facts(asm: dict[str, Any]) -> dict[str, Any]:
     ]
     return {
         "registers": field("vgpr_count") + field("agpr_count"),
-        "spilled": 4 * (field("vgpr_spill_count") + field("sgpr_spill_count")),
+        # Without memory of its own, a kernel spills scalar registers into lanes of vector registers.
+        "spilled": 4 * (field("vgpr_spill_count") + field("sgpr_spill_count"))
+        if field("private_segment_fixed_size")
+        else 0,
         "wide": _wide_share(accesses),
         "matrix": len(re.findall(r"^\s*v_mfma", code, re.M)),
         "forbidden": 0,
