@@ -416,8 +416,8 @@ def _relation_tiling(x: Tensor) -> dict[str, int]:
 
 def _frame_tiling(x: Tensor, others: int) -> dict[str, int]:
     """Tiles of 16 frames among 128 threads, ``others`` of which share frames."""
-    # Twice as many threads for AMD, whose compiler needs more registers.
-    threads = 256 if target_of(x).backend == "hip" else 128
+    # Twice as many threads, with half as much each, where code needs more registers: on AMD, and for unaligned rows.
+    threads = 256 if target_of(x).backend == "hip" or unit(x.shape[3]) == 1 else 128
     frames = threads // others
     return {
         "RT": 16 // frames, "LT": frames, "UNIT": unit(x.shape[3]), "STAGES": STAGES, "num_warps": warps(x, threads),
@@ -476,11 +476,12 @@ def _apply(
     channel_sums = x.new_empty(count, features, dtype=torch.float32) if sums else None
     reverse = out.shape[1] > features
     # Half-precision relations are widened here: Triton would convert them, and make the graph, once for each channel.
+    gap = features + 2 if relations.dtype == torch.float32 else 2
     relations = relations[:, features:].float()
     launch(
         _dynamic_graph_conv_apply_kernel, (tiles * groups, blocks, n), x, relations,
         _packed(graph.mT if reverse else graph), beta, bias, mask, out, parts, channel_sums, features, v,
-        t // tiling["UNIT"], relations.stride(0) // (v * t), groups, count, REVERSE=int(reverse), **tiling,
+        t // tiling["UNIT"], gap, groups, count, REVERSE=int(reverse), **tiling,
     )  # fmt: skip
     return parts, channel_sums
 

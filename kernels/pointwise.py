@@ -228,10 +228,11 @@ def _tile(x: Tensor, features: int) -> dict[str, int]:
     target = target_of(x)
     # Before Blackwell the first operand is in registers, with both of its parts.
     narrow = x.dtype == torch.float32 and target.backend == "cuda" and target.arch < 100
+    aligned = unit(x.shape[2]) > 1
     return {
-        "BR": min(128, power_of_two(features, 16)),
+        "BR": min(128 if aligned else 64, power_of_two(features, 16)),
         "BK": 16 if narrow else 32,
-        "BT": 256 if target == Target("cuda", 90) and unit(x.shape[2]) > 1 else 128,
+        "BT": 256 if target == Target("cuda", 90) and aligned else 128,
     }
 
 

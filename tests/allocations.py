@@ -30,13 +30,13 @@ class LargestTensor(TorchDispatchMode):
 class PeakMemory(TorchDispatchMode):
     """Records the most bytes that the tensors made inside it take at one time; works on the meta device.
 
-    There it also sees what the operators of trgnet make for themselves.
+    There it also sees what the operators of trgnet make for themselves. Views of the tensors ``given`` to it do not count.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *given: Tensor) -> None:
         super().__init__()
         self.current = self.peak = 0
-        self._known: set[int] = set()
+        self._known: set[int] = {tensor.untyped_storage()._cdata for tensor in given}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "trgnet" and all(a.is_meta for a in tree_leaves(args) if isinstance(a, Tensor)):

@@ -787,7 +787,7 @@ def test_dynamic_graph_conv_needs_no_more_than_its_tensors(dtype: torch.dtype):
         torch.empty(f + 2, **meta),
         torch.empty(n, 1, t, device="meta", dtype=torch.bool),
     )
-    with record_launches(Target("cuda", 90)) as recorded, PeakMemory() as memory:
+    with record_launches(Target("cuda", 90)) as recorded, PeakMemory(*args) as memory:
         (z, *_), (grad_x, *_) = operator("dynamic_graph_conv").triton_passes(args, torch.empty_like)
     assert len(recorded) >= 4 and grad_x.shape == args[0].shape
 
