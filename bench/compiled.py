@@ -195,7 +195,12 @@ def triton_operators() -> list[str]:
 
 
 def launches(job: Job) -> list[Launch]:
-    """What forward and backward of an operator launch on the job's architecture."""
+    """What forward and backward of an operator launch on the job's architecture, each compilation once."""
+    return list({launch.compilation: launch for launch in recorded(job)}.values())
+
+
+def recorded(job: Job) -> list[Launch]:
+    """Every launch of forward and backward of an operator on the job's architecture, in order."""
     dtype, matmul = PRECISIONS[job.precision]
     changes = {} if job.variant == PLAIN else VARIANTS[job.operator][job.variant]
     forms = [changed(form, changes) for form in make_case(job.operator, job.size).forms]
@@ -203,13 +208,13 @@ def launches(job: Job) -> list[Launch]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(matmul)
     try:
-        with record_launches(ARCHITECTURES[job.arch]) as recorded:
+        with record_launches(ARCHITECTURES[job.arch]) as found:
             for form in forms:
                 args = [_on_meta(a, dtype if i in narrow else None) for i, a in enumerate(form)]
                 operator(job.operator).triton_passes(args, torch.empty_like)
     finally:
         torch.set_float32_matmul_precision(before)
-    return list({launch.compilation: launch for launch in recorded}.values())
+    return found
 
 
 def _on_meta(argument: Any, dtype: torch.dtype | None) -> Any:

@@ -67,6 +67,14 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Span:
+    """Memory of a tensor argument: ``length`` elements from its first to its last."""
+
+    dtype: torch.dtype
+    length: int
+
+
+@dataclass(frozen=True)
 class Launch:
     """One recorded start of a kernel."""
 
@@ -78,6 +86,9 @@ class Launch:
     constants: tuple[tuple[str, Any], ...]
     num_warps: int
     num_stages: int
+    grid: tuple[int, ...] = ()
+    arguments: tuple[tuple[str, Any], ...] = ()
+    """(parameter, number, or :class:`Span` of a tensor); absent ones are left out."""
 
     @property
     def compilation(self) -> tuple[Any, ...]:
@@ -288,7 +299,7 @@ def launch(
     ``args`` are its pointers, sizes and strides in order, ``constants`` its compile-time parameters.
     """
     if _recorded is not None:
-        _recorded.append(_describe(function, args, constants, num_warps, num_stages))
+        _recorded.append(_describe(function, grid, args, constants, num_warps, num_stages))
         return
     if 0 in grid:
         return
@@ -308,7 +319,12 @@ def _silent_numpy() -> Iterator[None]:
 
 
 def _describe(
-    function: Any, args: tuple[Any, ...], constants: dict[str, Any], num_warps: int, num_stages: int
+    function: Any,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    constants: dict[str, Any],
+    num_warps: int,
+    num_stages: int,
 ) -> Launch:
     names = [name for name in function.arg_names if name not in constants]
     named = dict(zip(names, args, strict=True))
@@ -322,7 +338,15 @@ def _describe(
         tuple(sorted(constants.items())) + absent,
         num_warps,
         num_stages,
+        tuple(grid),
+        tuple((name, _span(value) if isinstance(value, Tensor) else value) for name, value in present.items()),
     )
+
+
+def _span(tensor: Tensor) -> Span:
+    """The memory between the first and the last element, which strides may leave gaps in."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return Span(tensor.dtype, last + 1 if tensor.numel() else 0)
 
 
 _TYPES = {

@@ -1,0 +1,376 @@
+"""Predicts how long a kernel takes on an H100, from its machine code and a trace of its execution.
+
+One multiprocessor is simulated, instruction by instruction: its resident blocks, four schedulers, register dependencies,
+barriers, the pipes of the arithmetic units, tensor cores, shared memory with bank conflicts, and its share of the bandwidth
+of L2 and DRAM, behind which loads wait. All other multiprocessors do the same. The numbers of :class:`Machine` are the
+published ones of the H100 SXM where there are such, and fitted to measured times elsewhere (:mod:`bench.predict`).
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from dataclasses import dataclass, field
+
+from .sass import Code, Instruction
+from .sass_run import SECTOR, Trace
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Sizes, rates per clock of one multiprocessor, and latencies in clocks."""
+
+    multiprocessors: int = 132
+    clock: float = 1.70e9
+    registers: int = 65536
+    shared: int = 228 * 1024
+    warps: int = 64
+    l2_capacity: float = 50e6
+    dram: float = 2.95e12
+    """Bytes per second, read and written."""
+    l2: float = 5.5e12
+    port: float = 64.0
+    """Bytes per clock between a multiprocessor and L2."""
+    tf32: float = 1024.0
+    """Multiplications and additions of the tensor cores per clock, by wgmma."""
+    bf16: float = 2048.0
+    synchronous: float = 0.62
+    """Share of these rates that mma.sync reaches."""
+    dram_latency: float = 600.0
+    l2_latency: float = 280.0
+    l1_latency: float = 38.0
+    shared_latency: float = 30.0
+    alu_latency: float = 5.0
+    slow_latency: float = 22.0
+    tensor_latency: float = 34.0
+    wgmma_latency: float = 60.0
+    barrier_latency: float = 25.0
+    issue: float = 1.0
+    """Clocks between two instructions of a scheduler."""
+    dependent: float = 1.0
+    """Further clocks between two instructions of one warp."""
+    fetch: float = 0.0
+    """Clocks for every instruction that was not executed shortly before, to fetch it."""
+    start: float = 2.0e-6
+    """Seconds from the start of a kernel to that of its blocks and from their end to its own."""
+    launch: float = 0.5e-6
+    """Seconds between two kernels of a CUDA graph."""
+
+
+H100 = Machine()
+
+_TWO_CLOCKS = {
+    "IADD3", "LOP3", "SHF", "ISETP", "LEA", "SEL", "FSEL", "PRMT", "FMNMX", "FSETP", "VIADD", "VIMNMX", "PLOP3", "IMNMX", "IABS",
+    "SGXT", "BMSK", "P2R", "R2P", "HSETP2", "HMNMX2", "VIADDMNMX", "F2FP", "I2FP", "MOV", "POPC", "FLO", "VOTE",
+}  # fmt: skip
+_SLOW = {"MUFU", "F2F", "F2I", "I2F", "S2R", "I2I"}
+_GLOBAL_LOADS = {"LDG", "LD", "LDGSTS", "ATOMG"}
+_GLOBAL_STORES = {"STG", "ST", "RED"}
+_SHARED = {"LDS", "STS", "LDSM", "STSM", "ATOMS"}
+LIMITERS = ("issue", "arithmetic", "tensor", "shared", "l2", "dram", "latency")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds that a kernel takes, and that it would take if one resource were all it needed."""
+
+    seconds: float
+    floor: float
+    """Seconds that DRAM needs for the bytes of its arguments that it touches, each once."""
+    resources: dict[str, float]
+    occupancy: int
+    """Blocks of one multiprocessor at a time."""
+    blocks: int
+
+    @property
+    def limiter(self) -> str:
+        """The resource that takes most of the time; latency if none takes two thirds of it."""
+        name = max(self.resources, key=self.resources.__getitem__)
+        return name if self.resources[name] > 0.66 * self.seconds else "latency"
+
+
+@dataclass
+class _Step:
+    """What one instruction costs a warp."""
+
+    sources: tuple[str, ...]
+    results: tuple[str, ...]
+    kind: str
+    pipe: str | None = None
+    clocks: float = 0.0
+    """Of its pipe."""
+    latency: float = 0.0
+    shared: float = 0.0
+    """Clocks of the shared memory."""
+    sectors: float = 0.0
+    """Sectors from L2."""
+    groups: int = 0
+    """Groups of copies or products that a wait leaves open."""
+
+
+@dataclass
+class _Warp:
+    block: int
+    scheduler: int
+    at: int = 0
+    ready: float = 0.0
+    registers: dict[str, float] = field(default_factory=dict)
+    products: float = 0.0
+    """When its tensor-core products are done."""
+    copies: list[float] = field(default_factory=list)
+    """When each group of its asynchronous copies is there."""
+    open_copies: float = 0.0
+
+
+def occupancy(code: Code, warps: int, machine: Machine = H100) -> int:
+    """Blocks that a multiprocessor has room for."""
+    per_warp = -(-code.registers * 32 // 256) * 256
+    by_registers = machine.registers // (per_warp * warps) if per_warp else 32
+    return max(1, min(by_registers, machine.shared // (code.shared + 1024), machine.warps // warps, 32))
+
+
+def predict(code: Code, trace: Trace, grid: tuple[int, ...], sizes: dict[str, int], machine: Machine = H100) -> Prediction:
+    """Predict the time of a launch; ``sizes`` are the bytes of its tensors by parameter."""
+    blocks = math.prod(grid)
+    room = occupancy(code, trace.warps, machine)
+    unique = _unique_bytes(trace, blocks, sizes)
+    steps = _steps(code, trace, machine)
+    moved = _l2_sectors(code, trace) * SECTOR * blocks
+    # What fits into L2 is there from the kernel before, or stays for the next one.
+    missing = min(1.0, max(0.0, unique / machine.l2_capacity - 0.5)) * unique
+    share = min(1.0, missing / max(1.0, moved))
+    busy = min(blocks, machine.multiprocessors)
+    simulation = _Simulation(steps, [steps_of for steps_of in trace.path], trace.warps, busy, share, machine)
+    clocks = simulation.run(-(-blocks // machine.multiprocessors), room)
+    seconds = clocks / machine.clock
+    resources = _resources(code, trace, steps, blocks, machine)
+    resources["l2"] = moved / machine.l2
+    resources["dram"] = missing / machine.dram
+    seconds = max(seconds, resources["dram"], resources["l2"])
+    return Prediction(seconds + machine.start, unique / machine.dram, resources, room, blocks)
+
+
+def _unique_bytes(trace: Trace, blocks: int, sizes: dict[str, int]) -> float:
+    """Bytes that are read or written, each once."""
+    return sum(min(sizes[name], mean * SECTOR * blocks) for (name, _), mean in trace.touched.items())
+
+
+def _l2_sectors(code: Code, trace: Trace) -> float:
+    """Sectors of a block that pass between L1 and L2."""
+    loads = sum(mean for (_, kind), mean in trace.touched.items() if kind == "load")
+    requested = {"L1": 0.0, "past": 0.0, "store": 0.0}
+    for i, access in trace.accesses.items():
+        one = code.instructions[i]
+        kind = "store" if one.opcode in _GLOBAL_STORES else "past" if "BYPASS" in one.modifiers else "L1"
+        requested[kind] += access.sectors / trace.blocks
+    return min(loads, requested["L1"] + requested["past"]) + requested["store"]
+
+
+def _steps(code: Code, trace: Trace, machine: Machine) -> list[_Step]:
+    """The costs of every instruction, for one warp."""
+    requested = sum(a.sectors for i, a in trace.accesses.items() if code.instructions[i].opcode in _GLOBAL_LOADS)
+    loads = sum(mean for (_, kind), mean in trace.touched.items() if kind == "load") * trace.blocks
+    new = min(1.0, loads / max(1, requested))
+    return [_step(one, trace, i, new, machine) for i, one in enumerate(code.instructions)]
+
+
+def _step(one: Instruction, trace: Trace, i: int, new: float, machine: Machine) -> _Step:
+    warps = max(1, int(trace.executed[i]))
+    step = _Step(one.sources, one.results, "plain", latency=machine.alu_latency)
+    access = trace.accesses.get(i)
+    opcode = one.opcode
+    if one.shape is not None:
+        return _product(one, step, machine)
+    if opcode in _GLOBAL_LOADS:
+        step.kind = "copy" if opcode == "LDGSTS" else "load"
+        step.sectors = access.sectors / warps * new if access else 0.0
+        step.pipe, step.clocks = "memory", max(access.lines, access.sectors / 4) / warps if access else 1.0
+        step.shared = access.cycles / warps if access and opcode == "LDGSTS" else 0.0
+    elif opcode in _GLOBAL_STORES:
+        step.kind, step.sectors = "store", access.sectors / warps if access else 0.0
+        step.pipe, step.clocks = "memory", max(access.lines, access.sectors / 4) / warps if access else 1.0
+    elif opcode in _SHARED or opcode == "SHFL":
+        step.kind, step.latency = "shared", machine.shared_latency
+        step.shared = access.cycles / warps if access else 1.0
+    elif opcode in ("BAR", "WARPGROUP", "DEPBAR", "LDGDEPBAR", "EXIT"):
+        step.kind = opcode
+        step.groups = int(one.operands[1], 16) if opcode == "DEPBAR" and len(one.operands) > 1 else 0
+        if opcode == "WARPGROUP" and "DEPBAR" not in one.modifiers:
+            step.kind = "plain"
+    elif opcode in _SLOW:
+        step.pipe, step.clocks, step.latency = "slow", 8.0 if opcode != "S2R" else 2.0, machine.slow_latency
+    elif opcode in _TWO_CLOCKS:
+        step.pipe, step.clocks = "integer", 2.0
+    elif opcode == "IMAD":
+        step.pipe, step.clocks = "float", 1.0 if one.modifiers & {"MOV", "IADD", "SHL"} else 2.0
+    elif opcode in ("FADD", "FMUL", "FFMA", "HADD2", "HFMA2", "HMUL2"):
+        step.pipe, step.clocks = "float", 1.0
+    return step
+
+
+def _product(one: Instruction, step: _Step, machine: Machine) -> _Step:
+    rows, columns, depth = one.shape
+    rate = (machine.tf32 if "TF32" in one.modifiers else machine.bf16) / 4
+    step.pipe = "tensor"
+    if one.opcode == "HGMMA":
+        step.kind, step.clocks = "wgmma", rows * columns * depth / 4 / rate
+        item = 4 if "TF32" in one.modifiers else 2
+        from_shared = columns * depth + (rows * depth if one.operands[1].startswith("gdesc") else 0)
+        step.shared = from_shared * item / 128 / 4
+        # The accumulators are those of the products before it, which are waited for by DEPBAR only.
+        step.sources = tuple(r for r in step.sources if r not in one.results)
+    else:
+        step.clocks = rows * columns * depth / rate / machine.synchronous
+        step.latency = machine.tensor_latency
+    return step
+
+
+def _resources(code: Code, trace: Trace, steps: list[_Step], blocks: int, machine: Machine) -> dict[str, float]:
+    """Seconds of each resource of the multiprocessors, if all of them share the work evenly."""
+    totals = dict.fromkeys(("issue", "integer", "float", "slow", "tensor", "shared", "memory"), 0.0)
+    for step, executed in zip(steps, trace.executed):
+        totals["issue"] += executed * machine.issue / 4
+        totals["shared"] += executed * step.shared
+        if step.pipe is not None:
+            totals[step.pipe] += executed * step.clocks / (1 if step.pipe == "memory" else 4)
+    busy = min(blocks, machine.multiprocessors)
+    scale = blocks / trace.blocks / busy / machine.clock
+    arithmetic = max(totals[name] for name in ("integer", "float", "slow"))
+    shared = totals["shared"] + totals["memory"]
+    return {
+        "issue": totals["issue"] * scale, "arithmetic": arithmetic * scale, "tensor": totals["tensor"] * scale,
+        "shared": shared * scale,
+    }  # fmt: skip
+
+
+class _Simulation:
+    """The blocks of one multiprocessor."""
+
+    def __init__(self, steps: list[_Step], path: list[int], warps: int, busy: int, share: float, machine: Machine) -> None:
+        self.steps, self.path, self.warps, self.machine = [steps[i] for i in path], path, warps, machine
+        self.share = share
+        per_clock = busy * machine.clock
+        self.l2_clocks = SECTOR / min(machine.port, machine.l2 / per_clock)
+        self.dram_clocks = SECTOR * share / (machine.dram / per_clock)
+        self.scheduler = [0.0] * 4
+        self.pipes = {name: [0.0] * 4 for name in ("integer", "float", "slow", "tensor")}
+        self.shared_free = self.l2_free = self.dram_free = 0.0
+
+    def run(self, blocks: int, room: int) -> float:
+        """Clocks until so many blocks are done, ``room`` at a time."""
+        count = min(blocks, max(3 * room, 4), max(room, int(MOST_EVENTS / (len(self.path) * self.warps)), 1))
+        ends = self._blocks(count, min(room, count))
+        if count == blocks:
+            return ends[-1]
+        # The first blocks start together and fill the pipes; the others follow at the rate of the last ones.
+        first = min(room, count - 1)
+        rate = (ends[-1] - ends[first - 1]) / (count - first) if count > first else ends[-1] / count
+        return ends[-1] + rate * (blocks - count)
+
+    def _blocks(self, count: int, room: int) -> list[float]:
+        queue: list[tuple[float, int]] = []
+        warps: list[_Warp] = []
+        self.waiting: dict[int, list[int]] = {}
+        self.left: dict[int, int] = {}
+        ends: list[float] = []
+
+        def begin(block: int, time: float) -> None:
+            self.left[block] = self.warps
+            for i in range(self.warps):
+                warps.append(_Warp(block, (block * self.warps + i) % 4, ready=time))
+                heapq.heappush(queue, (time, len(warps) - 1))
+
+        for block in range(room):
+            begin(block, 60.0 * block)
+        started = room
+        while queue:
+            time, number = heapq.heappop(queue)
+            warp = warps[number]
+            if warp.at == len(self.path):
+                self.left[warp.block] -= 1
+                if not self.left[warp.block]:
+                    ends.append(time)
+                    if started < count:
+                        begin(started, time + 200.0)
+                        started += 1
+                continue
+            again = self._issue(warp, time)
+            if again is not None:
+                heapq.heappush(queue, (again, number))
+                continue
+            there = self.waiting.setdefault(warp.block, [])
+            there.append(number)
+            if len(there) == self.left[warp.block]:
+                for other in there:
+                    heapq.heappush(queue, (time + self.machine.barrier_latency, other))
+                del self.waiting[warp.block]
+        return sorted(ends)
+
+    def _issue(self, warp: _Warp, time: float) -> float | None:
+        """Execute the next instruction at ``time`` or later; when to come back, None at a barrier."""
+        step, machine = self.steps[warp.at], self.machine
+        registers = warp.registers
+        ready = time
+        for source in step.sources:
+            if (there := registers.get(source, 0.0)) > ready:
+                ready = there
+        for result in step.results:  # what is still on its way must not come later
+            if (there := registers.get(result, 0.0)) > ready and step.kind in ("load", "shared"):
+                ready = there
+        free = self.scheduler[warp.scheduler]
+        pipe = self.pipes.get(step.pipe) if step.pipe else None
+        if step.kind == "wgmma":
+            pass
+        elif pipe is not None and pipe[warp.scheduler] > free:
+            free = pipe[warp.scheduler]
+        if step.kind == "WARPGROUP" and warp.products > ready:
+            ready = warp.products
+        if step.kind == "DEPBAR" and len(warp.copies) > step.groups:
+            ready = max(ready, warp.copies[-1 - step.groups])
+        start = max(ready, free)
+        if start > time + 0.5:
+            return start
+        self.scheduler[warp.scheduler] = max(self.scheduler[warp.scheduler], start) + machine.issue
+        if pipe is not None:
+            pipe[warp.scheduler] = max(pipe[warp.scheduler], start) + step.clocks
+        done = start + step.latency
+        kind = step.kind
+        if kind == "load" or kind == "copy":
+            done = self._from_memory(start, step)
+            if kind == "copy":
+                warp.open_copies = max(warp.open_copies, done)
+        elif kind == "store":
+            self._to_memory(start, step)
+        elif kind == "shared":
+            self.shared_free = max(self.shared_free, start) + step.shared
+            done = self.shared_free + step.latency
+        elif kind == "wgmma":
+            self.shared_free = max(self.shared_free, start) + step.shared
+            warp.products = max(pipe[warp.scheduler], self.shared_free) + machine.wgmma_latency
+        elif kind == "LDGDEPBAR":
+            warp.copies.append(warp.open_copies)
+        for result in step.results if kind != "wgmma" else ():
+            registers[result] = done
+        warp.at += 1
+        if kind == "BAR":
+            return None
+        return start + machine.issue + machine.dependent
+
+    def _from_memory(self, start: float, step: _Step) -> float:
+        machine = self.machine
+        self.shared_free = max(self.shared_free, start) + step.clocks + step.shared
+        if step.sectors == 0:
+            return self.shared_free + machine.l1_latency
+        self.l2_free = max(self.l2_free, start) + step.sectors * self.l2_clocks
+        self.dram_free = max(self.dram_free, start) + step.sectors * self.dram_clocks
+        latency = machine.l2_latency + (machine.dram_latency - machine.l2_latency) * min(1.0, 2 * self.share)
+        return max(self.shared_free, self.l2_free, self.dram_free) + latency
+
+    def _to_memory(self, start: float, step: _Step) -> None:
+        self.shared_free = max(self.shared_free, start) + step.clocks
+        self.l2_free = max(self.l2_free, start) + step.sectors * self.l2_clocks
+        self.dram_free = max(self.dram_free, start) + step.sectors * self.dram_clocks
+
+
+MOST_EVENTS = 250_000
+"""Instructions of all warps that are simulated; the rest of the blocks follow at the same rate."""
