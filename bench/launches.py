@@ -124,8 +124,12 @@ class DeviceCalls(TorchDispatchMode):
         result = None if name in IN_PLACE_ONLY else func(*args, **kwargs)
         only_host = func.is_view or name in VIEWS or name in ALLOCATIONS
         if not only_host and _on_device((args, kwargs, result)):
-            self.calls[name] += 1
+            self.started(func, args, kwargs, result)
         return result
+
+    def started(self, func: Any, args: tuple, kwargs: dict, result: Any) -> None:
+        """Count a call that starts a kernel."""
+        self.calls[func.overloadpacket.__name__] += 1
 
 
 def _on_device(values: Any) -> bool:

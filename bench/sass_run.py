@@ -127,6 +127,8 @@ class _Run:
         self.sectors: dict[tuple[int, str], list[np.ndarray]] = {}
         self.decoded: list[Callable[[], None] | None] = [None] * len(code.instructions)
         self.mask: np.ndarray | None = None
+        self.counted: dict[Any, Any] = {}
+        self.known = False  # whether shared memory has any known value
         self.index = {one.address: i for i, one in enumerate(code.instructions)}
 
     def _place(self, parameters: list) -> None:
@@ -324,13 +326,22 @@ class _Run:
         access.warps += int(where.reshape(-1, WARP).any(1).sum())
         access.lanes += int(where.sum())
         if where.any():
-            access.sectors += _different(addresses // SECTOR, where)
-            access.lines += _different(addresses // 128, where)
+            sectors, lines = self._cached("global", addresses & ~127, addresses, where, one.width, _sectors_and_lines)
+            access.sectors += sectors
+            access.lines += lines
             self._check_buffers(one, addresses, where, kind)
         return addresses, where
 
+    def _cached(self, what: str, base: np.ndarray, addresses: np.ndarray, where: np.ndarray, width: int, count: Callable) -> Any:
+        """Loops repeat accesses at other places; what counts is how addresses lie to each other."""
+        key = what, width, (addresses - base[0]).tobytes(), where.tobytes()
+        if key not in self.counted:
+            self.counted[key] = count(addresses, where, width)
+        return self.counted[key]
+
     def _check_buffers(self, one: Instruction, addresses: np.ndarray, where: np.ndarray, kind: str) -> None:
-        for number in np.unique(addresses[where] >> 36):
+        tensors = addresses[where] >> 36
+        for number in tensors[:1] if (tensors == tensors[0]).all() else np.unique(tensors):
             here = where & (addresses >> 36 == number)
             buffer = self.buffers.get(int(number))
             offsets = addresses[here] - (int(number) << 36) - 0xF0000000
@@ -338,7 +349,7 @@ class _Run:
                 which = "no tensor" if buffer is None else f"{buffer.name} of {buffer.size} bytes"
                 self._fault(f"{one.name} at {one.address:#06x} accesses bytes {offsets.min()} to {offsets.max() + one.width} of {which}")
             key = self.block[here].astype(I64) << 40 | offsets // SECTOR
-            self.sectors.setdefault((int(number), kind), []).append(np.unique(key))
+            self.sectors.setdefault((int(number), kind), []).append(key)
 
     def _fault(self, text: str) -> None:
         if text not in self.trace.faults:
@@ -361,9 +372,9 @@ class _Run:
     def _loaded(self, addresses: np.ndarray, where: np.ndarray, width: int, one: Instruction) -> Value:
         if not where.any():
             return self.zero
-        numbers = np.unique(addresses[where] >> 36)
+        numbers = addresses[where] >> 36
         buffer = self.buffers.get(int(numbers[0]))
-        if len(numbers) > 1 or buffer is None:
+        if buffer is None or (numbers != numbers[0]).any():
             return None
         if buffer.fill is not None:
             return np.full(self.size, int.from_bytes(bytes([buffer.fill] * width), "little"), U32)
@@ -384,7 +395,7 @@ class _Run:
         access.warps += int(where.reshape(-1, WARP).any(1).sum())
         access.lanes += int(where.sum())
         if where.any():
-            access.cycles += bank_cycles(addresses, where, width)
+            access.cycles += self._cached("shared", addresses & ~127, addresses, where, width, bank_cycles)
             low, high = addresses[where].min(), addresses[where].max() + width
             if low < SHARED_BASE or high > SHARED_BASE + self.code.shared:
                 self._fault(f"{one.name} at {one.address:#06x} accesses shared memory at {low - SHARED_BASE} to {high - SHARED_BASE} of {self.code.shared} bytes")
@@ -392,6 +403,10 @@ class _Run:
 
     def load_shared(self, at: int, one: Instruction) -> None:
         addresses, where = self.shared_access(at, one, one.operands[1], one.width)
+        if not self.known:
+            for result in one.results:
+                self.write(result, None, one.guard)
+            return
         addresses = np.clip(addresses, 0, self.shared.shape[1] - 32)
         for i in range(max(1, one.width // 4)):
             width = min(4, one.width)
@@ -413,6 +428,9 @@ class _Run:
         for i in range(max(1, one.width // 4)):
             width = min(4, one.width)
             value = self.value(_next(one.operands[-1], i))
+            self.known |= value is not None
+            if not self.known:
+                continue
             bytes_at = (self.block[where][:, None], addresses[:, None] + 4 * i + np.arange(width))
             self.written[bytes_at] = value is not None
             if value is not None:
@@ -456,6 +474,10 @@ def _different(units: np.ndarray, where: np.ndarray) -> int:
     by_warp = np.sort(np.where(where, units, -1).reshape(-1, WARP), axis=1)
     steps = (np.diff(by_warp, axis=1) != 0) & (by_warp[:, 1:] >= 0)
     return int(steps.sum() + (by_warp[:, 0] >= 0).sum())
+
+
+def _sectors_and_lines(addresses: np.ndarray, where: np.ndarray, width: int) -> tuple[int, int]:
+    return _different(addresses // SECTOR, where), _different(addresses // 128, where)
 
 
 def bank_cycles(addresses: np.ndarray, where: np.ndarray, width: int) -> int:

@@ -51,6 +51,10 @@ class Machine:
     """Further clocks between two instructions of one warp."""
     fetch: float = 0.0
     """Clocks for every instruction that was not executed shortly before, to fetch it."""
+    stagger: float = 60.0
+    """Clocks between the starts of two blocks of a multiprocessor."""
+    turnover: float = 200.0
+    """Clocks from the end of a block to the start of the next one."""
     start: float = 2.0e-6
     """Seconds from the start of a kernel to that of its blocks and from their end to its own."""
     launch: float = 0.5e-6
@@ -112,9 +116,9 @@ class _Step:
 class _Warp:
     block: int
     scheduler: int
+    registers: list[float]
+    """When the value of each register is there."""
     at: int = 0
-    ready: float = 0.0
-    registers: dict[str, float] = field(default_factory=dict)
     products: float = 0.0
     """When its tensor-core products are done."""
     copies: list[float] = field(default_factory=list)
@@ -140,7 +144,7 @@ def predict(code: Code, trace: Trace, grid: tuple[int, ...], sizes: dict[str, in
     missing = min(1.0, max(0.0, unique / machine.l2_capacity - 0.5)) * unique
     share = min(1.0, missing / max(1.0, moved))
     busy = min(blocks, machine.multiprocessors)
-    simulation = _Simulation(steps, [steps_of for steps_of in trace.path], trace.warps, busy, share, machine)
+    simulation = _Simulation(steps, trace.path, trace.warps, busy, share, machine)
     clocks = simulation.run(-(-blocks // machine.multiprocessors), room)
     seconds = clocks / machine.clock
     resources = _resources(code, trace, steps, blocks, machine)
@@ -192,7 +196,7 @@ def _step(one: Instruction, trace: Trace, i: int, new: float, machine: Machine) 
     elif opcode in _SHARED or opcode == "SHFL":
         step.kind, step.latency = "shared", machine.shared_latency
         step.shared = access.cycles / warps if access else 1.0
-    elif opcode in ("BAR", "WARPGROUP", "DEPBAR", "LDGDEPBAR", "EXIT"):
+    elif opcode in ("BAR", "WARPGROUP", "DEPBAR", "LDGDEPBAR"):
         step.kind = opcode
         step.groups = int(one.operands[1], 16) if opcode == "DEPBAR" and len(one.operands) > 1 else 0
         if opcode == "WARPGROUP" and "DEPBAR" not in one.modifiers:
@@ -247,130 +251,148 @@ class _Simulation:
     """The blocks of one multiprocessor."""
 
     def __init__(self, steps: list[_Step], path: list[int], warps: int, busy: int, share: float, machine: Machine) -> None:
-        self.steps, self.path, self.warps, self.machine = [steps[i] for i in path], path, warps, machine
-        self.share = share
+        self.warps, self.machine = warps, machine
+        self.names = {name: i for i, name in enumerate(sorted({r for s in steps for r in (*s.sources, *s.results)}))}
+        plain = [self._numbered(step) for step in steps]
+        self.path = [plain[i] for i in path]
         per_clock = busy * machine.clock
         self.l2_clocks = SECTOR / min(machine.port, machine.l2 / per_clock)
         self.dram_clocks = SECTOR * share / (machine.dram / per_clock)
-        self.scheduler = [0.0] * 4
-        self.pipes = {name: [0.0] * 4 for name in ("integer", "float", "slow", "tensor")}
+        # Most loads of a kernel that streams wait for DRAM, most of one that lives in L2 do not.
+        self.memory_latency = machine.l2_latency + (machine.dram_latency - machine.l2_latency) * min(1.0, 2 * share)
+        self.schedulers = [0.0] * 4
+        self.pipes = [[0.0] * 4 for _ in _PIPES]
         self.shared_free = self.l2_free = self.dram_free = 0.0
+
+    def _numbered(self, step: _Step) -> tuple:
+        """The step with numbers for names: the loop below is all the time that a prediction takes."""
+        sources = tuple(self.names[r] for r in step.sources)
+        results = tuple(self.names[r] for r in step.results)
+        pipe = _PIPES.index(step.pipe) if step.pipe in _PIPES else -1
+        kind = _KINDS.index(step.kind)
+        return sources, results, kind, pipe, step.clocks, step.latency, step.shared, step.sectors, step.groups
 
     def run(self, blocks: int, room: int) -> float:
         """Clocks until so many blocks are done, ``room`` at a time."""
-        count = min(blocks, max(3 * room, 4), max(room, int(MOST_EVENTS / (len(self.path) * self.warps)), 1))
-        ends = self._blocks(count, min(room, count))
-        if count == blocks:
-            return ends[-1]
+        room = min(room, blocks)
+        waves = max(1, min(3, int(MOST_EVENTS / (len(self.path) * self.warps * room))))
+        count = min(blocks, waves * room)
+        ends = self._blocks(count, room)
+        if waves == 1:
+            return ends[-1] * -(-blocks // count)
         # The first blocks start together and fill the pipes; the others follow at the rate of the last ones.
-        first = min(room, count - 1)
-        rate = (ends[-1] - ends[first - 1]) / (count - first) if count > first else ends[-1] / count
-        return ends[-1] + rate * (blocks - count)
+        return ends[-1] + (ends[-1] - ends[room - 1]) / max(1, count - room) * (blocks - count)
 
     def _blocks(self, count: int, room: int) -> list[float]:
+        """When each of ``count`` blocks is done."""
         queue: list[tuple[float, int]] = []
         warps: list[_Warp] = []
-        self.waiting: dict[int, list[int]] = {}
-        self.left: dict[int, int] = {}
+        waiting: dict[int, list[int]] = {}
+        left: dict[int, int] = {}
         ends: list[float] = []
 
         def begin(block: int, time: float) -> None:
-            self.left[block] = self.warps
+            left[block] = self.warps
             for i in range(self.warps):
-                warps.append(_Warp(block, (block * self.warps + i) % 4, ready=time))
+                scheduler = (block * self.warps + i) % 4
+                warps.append(_Warp(block, scheduler, registers=[0.0] * len(self.names)))
                 heapq.heappush(queue, (time, len(warps) - 1))
 
         for block in range(room):
-            begin(block, 60.0 * block)
+            begin(block, self.machine.stagger * block)
         started = room
         while queue:
             time, number = heapq.heappop(queue)
             warp = warps[number]
-            if warp.at == len(self.path):
-                self.left[warp.block] -= 1
-                if not self.left[warp.block]:
-                    ends.append(time)
+            time = self._issue(warp, time, queue)
+            if time >= 0:
+                heapq.heappush(queue, (time, number))
+            elif warp.at == len(self.path):
+                left[warp.block] -= 1
+                if not left[warp.block]:
+                    ends.append(-time)
                     if started < count:
-                        begin(started, time + 200.0)
+                        begin(started, self.machine.turnover - time)
                         started += 1
-                continue
-            again = self._issue(warp, time)
-            if again is not None:
-                heapq.heappush(queue, (again, number))
-                continue
-            there = self.waiting.setdefault(warp.block, [])
-            there.append(number)
-            if len(there) == self.left[warp.block]:
-                for other in there:
-                    heapq.heappush(queue, (time + self.machine.barrier_latency, other))
-                del self.waiting[warp.block]
+            else:
+                there = waiting.setdefault(warp.block, [])
+                there.append(number)
+                if len(there) == left[warp.block]:
+                    for other in waiting.pop(warp.block):
+                        heapq.heappush(queue, (self.machine.barrier_latency - time, other))
         return sorted(ends)
 
-    def _issue(self, warp: _Warp, time: float) -> float | None:
-        """Execute the next instruction at ``time`` or later; when to come back, None at a barrier."""
-        step, machine = self.steps[warp.at], self.machine
-        registers = warp.registers
-        ready = time
-        for source in step.sources:
-            if (there := registers.get(source, 0.0)) > ready:
-                ready = there
-        for result in step.results:  # what is still on its way must not come later
-            if (there := registers.get(result, 0.0)) > ready and step.kind in ("load", "shared"):
-                ready = there
-        free = self.scheduler[warp.scheduler]
-        pipe = self.pipes.get(step.pipe) if step.pipe else None
-        if step.kind == "wgmma":
-            pass
-        elif pipe is not None and pipe[warp.scheduler] > free:
-            free = pipe[warp.scheduler]
-        if step.kind == "WARPGROUP" and warp.products > ready:
-            ready = warp.products
-        if step.kind == "DEPBAR" and len(warp.copies) > step.groups:
-            ready = max(ready, warp.copies[-1 - step.groups])
-        start = max(ready, free)
-        if start > time + 0.5:
-            return start
-        self.scheduler[warp.scheduler] = max(self.scheduler[warp.scheduler], start) + machine.issue
-        if pipe is not None:
-            pipe[warp.scheduler] = max(pipe[warp.scheduler], start) + step.clocks
-        done = start + step.latency
-        kind = step.kind
-        if kind == "load" or kind == "copy":
-            done = self._from_memory(start, step)
-            if kind == "copy":
-                warp.open_copies = max(warp.open_copies, done)
-        elif kind == "store":
-            self._to_memory(start, step)
-        elif kind == "shared":
-            self.shared_free = max(self.shared_free, start) + step.shared
-            done = self.shared_free + step.latency
-        elif kind == "wgmma":
-            self.shared_free = max(self.shared_free, start) + step.shared
-            warp.products = max(pipe[warp.scheduler], self.shared_free) + machine.wgmma_latency
-        elif kind == "LDGDEPBAR":
-            warp.copies.append(warp.open_copies)
-        for result in step.results if kind != "wgmma" else ():
-            registers[result] = done
-        warp.at += 1
-        if kind == "BAR":
-            return None
-        return start + machine.issue + machine.dependent
+    def _issue(self, warp: _Warp, time: float, queue: list[tuple[float, int]]) -> float:
+        """Execute instructions from ``time`` on, until another warp is earlier; when to come back.
 
-    def _from_memory(self, start: float, step: _Step) -> float:
-        machine = self.machine
-        self.shared_free = max(self.shared_free, start) + step.clocks + step.shared
-        if step.sectors == 0:
-            return self.shared_free + machine.l1_latency
-        self.l2_free = max(self.l2_free, start) + step.sectors * self.l2_clocks
-        self.dram_free = max(self.dram_free, start) + step.sectors * self.dram_clocks
-        latency = machine.l2_latency + (machine.dram_latency - machine.l2_latency) * min(1.0, 2 * self.share)
-        return max(self.shared_free, self.l2_free, self.dram_free) + latency
+        Negative times are those of a barrier, or of the end.
+        """
+        machine, path, registers, scheduler = self.machine, self.path, warp.registers, warp.scheduler
+        schedulers, pipes, pace = self.schedulers, self.pipes, machine.issue + machine.dependent
+        at, length = warp.at, len(self.path)
+        while at < length:
+            sources, results, kind, pipe, clocks, latency, shared, sectors, groups = path[at]
+            start = schedulers[scheduler]
+            if start < time:
+                start = time
+            for register in sources:
+                if registers[register] > start:
+                    start = registers[register]
+            if kind == _WAIT_PRODUCTS:
+                start = max(start, warp.products)
+            elif kind == _WAIT_COPIES:
+                if len(warp.copies) > groups:
+                    start = max(start, warp.copies[-1 - groups])
+            elif pipe >= 0 and kind != _WGMMA and pipes[pipe][scheduler] > start:
+                start = pipes[pipe][scheduler]
+            if queue and start > queue[0][0] and start > time:
+                warp.at = at
+                return start
+            schedulers[scheduler] = start + machine.issue
+            done = start + latency
+            if pipe >= 0:
+                free = pipes[pipe][scheduler]
+                pipes[pipe][scheduler] = (free if free > start else start) + clocks
+            if kind:
+                if kind == _SHARED_ACCESS:
+                    self.shared_free = max(self.shared_free, start) + shared
+                    done = self.shared_free + latency
+                elif kind == _LOAD or kind == _COPY:
+                    self.shared_free = done = max(self.shared_free, start) + clocks + shared
+                    done += machine.l1_latency
+                    if sectors:
+                        done = max(self.shared_free, self._moved(start, sectors)) + self.memory_latency
+                    if kind == _COPY:
+                        warp.open_copies = max(warp.open_copies, done)
+                elif kind == _STORE:
+                    self.shared_free = max(self.shared_free, start) + clocks
+                    self._moved(start, sectors)
+                elif kind == _WGMMA:
+                    self.shared_free = max(self.shared_free, start) + shared
+                    warp.products = max(pipes[pipe][scheduler], self.shared_free) + machine.wgmma_latency
+                elif kind == _END_COPIES:
+                    warp.copies.append(warp.open_copies)
+                elif kind == _BARRIER:
+                    warp.at = at + 1
+                    return -start
+            if kind != _WGMMA:
+                for register in results:
+                    registers[register] = done
+            at += 1
+            time = start + pace
+        warp.at = at
+        return -time
 
-    def _to_memory(self, start: float, step: _Step) -> None:
-        self.shared_free = max(self.shared_free, start) + step.clocks
-        self.l2_free = max(self.l2_free, start) + step.sectors * self.l2_clocks
-        self.dram_free = max(self.dram_free, start) + step.sectors * self.dram_clocks
+    def _moved(self, start: float, sectors: float) -> float:
+        """When so many sectors have passed L2 and, as far as they are from there, DRAM."""
+        self.l2_free = max(self.l2_free, start) + sectors * self.l2_clocks
+        self.dram_free = max(self.dram_free, start) + sectors * self.dram_clocks
+        return max(self.l2_free, self.dram_free)
 
 
-MOST_EVENTS = 250_000
-"""Instructions of all warps that are simulated; the rest of the blocks follow at the same rate."""
+_PIPES = ("integer", "float", "slow", "tensor")
+_KINDS = ("plain", "shared", "load", "copy", "store", "wgmma", "BAR", "WARPGROUP", "DEPBAR", "LDGDEPBAR")
+_SHARED_ACCESS, _LOAD, _COPY, _STORE, _WGMMA, _BARRIER, _WAIT_PRODUCTS, _WAIT_COPIES, _END_COPIES = range(1, len(_KINDS))
+
+MOST_EVENTS = 120_000
+"""Instructions of all warps that are simulated, if the blocks are short; the others follow at the same rate."""
