@@ -4,7 +4,10 @@
     python -m bench.predict --operator attention_layer --precision tf32      # seconds to a minute: to compare designs
     python -m bench.predict --operator fusion_layer --against FILE           # beside records of --json
     python -m bench.predict --json FILE                       # the same as records
-    python -m bench.predict --store                           # renew the predictions that tests compare with
+    python -m bench.predict --step --precision bfloat16       # only the training step
+    python -m bench.predict --check [--operator NAME]         # exit code 1 if a kernel became 10 % slower by prediction
+    python -m bench.predict --store                           # renew the stored predictions, where that is meant
+    python -m bench.predict --measured FILE                   # beside measured times, as those in bench/predictions
 
 Kernels are recorded with what they are launched with, compiled for sm_90, and their machine code is run and simulated:
 its integer part is executed for some blocks of the grid (:mod:`bench.sass_run`), which gives loops, addresses, masks,
@@ -19,11 +22,11 @@ import argparse
 import json
 import multiprocessing
 import os
+import statistics
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import date
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +39,17 @@ from trgnet.kernels.launch import Launch, Span, interpreted
 from . import compiled, sass, sass_run, sass_time
 from .compiled import Job, triton_operators
 from .operators import Size
+from .step_time import record_step
 
 SIZE = Size(n=8, t=6000, segments=320)
 ARCHITECTURE = "sm_90"
+FOLDER = Path(__file__).parent / "predictions"
+STORED = FOLDER / "stored.json"
+"""What --store wrote."""
+MEASURED = FOLDER / "measured.json"
+"""Times measured on an H100, with their source; the numbers of :class:`bench.sass_time.Machine` were fitted to them."""
+TOLERANCE = 0.1
+"""A kernel may become slower by this share of its prediction."""
 PRECISIONS = ("float32", "tf32", "bfloat16")
 IN_PLACE = {"moment_update"}
 """Operators that are left out: their kernels find tensors through a table of pointers, which has no values here."""
@@ -166,22 +177,118 @@ def operator_rows(operator: str, precision: str, size: Size = SIZE) -> list[Row]
     return [Row(**{**vars(row), "launches": counts[known]}) for known, row in rows.items()]
 
 
-def _job(job: tuple[str, str]) -> list[Row]:
+@dataclass(frozen=True)
+class StepRow:
+    """One Triton kernel, or all calls of one function of ATen, in a training step."""
+
+    precision: str
+    what: str
+    kind: str
+    """kernel or call"""
+    count: int
+    microseconds: float
+    """Of all of them."""
+    floor: float = 0.0
+
+
+def step_rows(precision: str, size: Size = SIZE) -> list[StepRow]:
+    """Predict the training step; what takes longest comes first."""
+    phases = record_step(precision, size).values()
+    alike: dict[Any, list[Launch]] = {}
+    for launch in (launch for phase in phases for launch in phase.launches):
+        alike.setdefault((launch.compilation, launch.grid), []).append(launch)
+    rows: dict[tuple[str, str], list[float]] = {}
+    for launches in alike.values():
+        # Layers differ in their dilation only: one stands for all.
+        row = predict("step", precision, launches[len(launches) // 2], size)
+        _add(rows, ("kernel", row.kernel), len(launches), row.microseconds, row.floor)
+    for call in (call for phase in phases for call in phase.calls):
+        _add(rows, ("call", call.name), 1, 1e6 * call.seconds, 0.0)
+    found = [StepRow(precision, what, kind, int(n), us, floor) for (kind, what), (n, us, floor) in rows.items()]
+    return sorted(found, key=lambda row: -row.microseconds)
+
+
+def _add(rows: dict[tuple[str, str], list[float]], key: tuple[str, str], count: int, each: float, floor: float) -> None:
+    total = rows.setdefault(key, [0, 0.0, 0.0])
+    total[0] += count
+    total[1] += count * each
+    total[2] += count * floor
+
+
+def _job(job: tuple[str | None, str]) -> list[Row] | list[StepRow]:
     torch.set_num_threads(1)
-    return operator_rows(*job)
+    operator, precision = job
+    return step_rows(precision) if operator is None else operator_rows(operator, precision)
 
 
-def predict_all(jobs: Iterable[tuple[str, str]], processes: int) -> list[Row]:
-    """Predict in several processes; in the order of the jobs."""
+def predict_all(jobs: Iterable[tuple[str | None, str]], processes: int) -> tuple[list[Row], list[StepRow]]:
+    """Predict in several processes; an operator of None is the training step. In the order of the jobs."""
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        return [row for rows in pool.map(_job, list(jobs), chunksize=1) for row in rows]
+        found = [row for rows in pool.map(_job, list(jobs), chunksize=1) for row in rows]
+    return [row for row in found if isinstance(row, Row)], [row for row in found if isinstance(row, StepRow)]
+
+
+def totals(rows: Iterable[Row]) -> dict[str, float]:
+    """Microseconds of all launches of each kernel, by :attr:`Row.key`."""
+    found: dict[str, float] = {}
+    for row in rows:
+        found[row.key] = found.get(row.key, 0.0) + row.launches * row.microseconds
+    return found
+
+
+def changes(rows: Iterable[Row], stored: dict[str, float]) -> tuple[list[str], list[str]]:
+    """Kernels that became slower than the stored prediction allows, or have none; and those that became faster."""
+    worse, better = [], []
+    for key, now in totals(rows).items():
+        if key not in stored:
+            worse.append(f"{key}: has no stored prediction; run python -m bench.predict --store")
+        elif now > stored[key] * (1 + TOLERANCE):
+            worse.append(
+                f"{key}: {now:.1f} us, {now / stored[key]:.2f} of the stored {stored[key]:.1f} us; make it as fast again, "
+                "or, if it is meant, run python -m bench.predict --store"
+            )
+        elif now < stored[key] * (1 - TOLERANCE):
+            better.append(f"{key}: {now:.1f} us, {now / stored[key]:.2f} of the stored {stored[key]:.1f} us")
+    return worse, better
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Predicted by measured times of kernels."""
+
+    ratios: dict[str, float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.ratios.values())
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The ratios that four fifths of the kernels lie between."""
+        tenths = statistics.quantiles(self.ratios.values(), n=10)
+        return tenths[0], tenths[-1]
+
+    def __str__(self) -> str:
+        low, high = self.spread
+        return (
+            f"{len(self.ratios)} kernels: predicted / measured has the median {self.median:.2f}; "
+            f"four fifths lie between {low:.2f} and {high:.2f}"
+        )
+
+
+def fit(rows: Iterable[StepRow], measured: dict[str, Any]) -> Fit:
+    """Compare predictions of the step's kernels with measured ones (the format of MEASURED)."""
+    times = {(p, name): us for p, kernels in measured["kernels"].items() for name, (_, us) in kernels.items()}
+    found = {(row.precision, row.what): row.microseconds for row in rows if row.kind == "kernel"}
+    return Fit({f"{p} {name}": found[p, name] / us for (p, name), us in times.items() if (p, name) in found})
 
 
 def print_table(rows: Iterable[Row], console: Console, against: dict[str, float]) -> None:
-    """One row for each kernel."""
+    """One row for each kernel of each operator."""
     columns = ("operator", "kernel", "precision", "grid", "warps", "regs", "shared", "blocks/SM", "us", "floor", "x floor",
                "limiter", *sass_time.LIMITERS[:-1], "conflicts")  # fmt: skip
-    table = Table(*columns, *(["before", "ratio"] if against else []))
+    table = Table(*columns, *(["all", "before", "ratio"] if against else []))
+    now = totals(rows)
     for row in rows:
         cells = [
             row.operator, row.kernel, row.precision, "x".join(map(str, row.grid)), str(row.warps), str(row.registers),
@@ -191,47 +298,94 @@ def print_table(rows: Iterable[Row], console: Console, against: dict[str, float]
         ]  # fmt: skip
         if against:
             before = against.get(row.key)
-            cells += [f"{before:.1f}", f"{row.microseconds / before:.2f}"] if before else ["", ""]
+            cells += [f"{now[row.key]:.1f}", f"{before:.1f}", f"{now[row.key] / before:.2f}"] if before else ["", "", ""]
         table.add_row(*cells, style="red" if row.faults else None)
+    console.print(table)
+
+
+def print_step(precision: str, rows: list[StepRow], console: Console, most: int = 25) -> None:
+    """The training step: what takes longest, and its sum."""
+    table = Table("", "kind", "count", "us", "share", "floor", title=f"Training step, {precision}", title_justify="left")
+    total, count = sum(row.microseconds for row in rows), sum(row.count for row in rows)
+    for row in rows[:most]:
+        floor = f"{row.floor:.0f}" if row.floor else ""
+        share = f"{row.microseconds / total:.1%}"
+        table.add_row(row.what, row.kind, str(row.count), f"{row.microseconds:.0f}", share, floor)
+    rest = rows[most:]
+    if rest:
+        table.add_row("others", "", str(sum(r.count for r in rest)), f"{sum(r.microseconds for r in rest):.0f}", "", "")
+    kernels = sum(row.microseconds for row in rows if row.kind == "kernel")
+    table.add_row("Triton kernels", "", "", f"{kernels:.0f}", f"{kernels / total:.1%}", "")
+    table.add_row("device time", "", str(count), f"{total:.0f}", "", "")
+    table.add_row("CUDA graph", "", "", f"{total + 1e6 * count * sass_time.H100.launch:.0f}", "", "")
     console.print(table)
 
 
 def main(arguments: list[str] | None = None) -> int:
     names = [name for name in triton_operators() if name not in IN_PLACE]
     parser = argparse.ArgumentParser(prog="python -m bench.predict", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--operator", action="append", choices=names, help="default: all")
+    parser.add_argument("--operator", action="append", choices=names, help="only these, and no training step")
+    parser.add_argument("--step", action="store_true", help="only the training step")
     parser.add_argument("--precision", action="append", choices=PRECISIONS, help="default: all")
     parser.add_argument("--json", type=Path, help="also write the records into this file")
     parser.add_argument("--against", type=Path, help="records of --json to compare with")
+    parser.add_argument("--check", action="store_true", help="exit code 1 if a kernel is slower than stored")
+    parser.add_argument("--store", action="store_true", help="renew the stored predictions that --check compares with")
+    parser.add_argument("--measured", type=Path, help="compare the step's kernels with measured times in this file")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: one for each core")
     options = parser.parse_args(arguments)
     if interpreted():
         parser.error("TRITON_INTERPRET is set: nothing would be compiled; unset it")
-    jobs = [(name, precision) for name in options.operator or names for precision in options.precision or PRECISIONS]
     import triton
 
-    rows = predict_all(jobs, options.processes)
-    console = Console(width=250)
-    console.print(
-        f"Predictions for an H100, not measurements. triton {triton.__version__}, {date.today()}, microseconds of one launch"
-    )
-    print_table(rows, console, _times(options.against))
+    if options.check and stored()["triton"] != triton.__version__:
+        parser.error(f"predictions are stored for triton {stored()['triton']}, this is {triton.__version__}")
+    only_step = options.step or options.measured
+    precisions = options.precision or PRECISIONS
+    jobs: list[tuple[str | None, str]] = [] if options.operator else [(None, precision) for precision in precisions]
+    if not only_step:
+        jobs += [(name, precision) for name in options.operator or names for precision in precisions]
+    rows, step = predict_all(jobs, options.processes)
+
+    console = Console(width=260)
+    console.print(f"PREDICTIONS for an H100, not measurements. triton {triton.__version__}, {date.today()}")
+    measured = json.loads(MEASURED.read_text())
+    console.print(f"Calibrated with {measured['machine']}, {measured['date']}: {measured['fit']}.")
+    if rows:
+        print_table(rows, console, totals(_records(options.against)) if options.against else {})
+    for precision in precisions if step else ():
+        print_step(precision, [row for row in step if row.precision == precision], console)
     if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
-    for row in rows:
-        for fault in row.faults:
-            console.print(f"{row.kernel}, {row.precision}: {fault}", style="red")
-    return int(any(row.faults for row in rows))
+        found = {"triton": triton.__version__, "kernels": [asdict(r) for r in rows], "step": [asdict(r) for r in step]}
+        options.json.write_text(json.dumps(found, indent=1))
+    if options.measured:
+        compared = fit(step, json.loads(options.measured.read_text()))
+        for name, ratio in compared.ratios.items():
+            console.print(f"{name}: {ratio:.2f}")
+        console.print(str(compared))
+    if options.store:
+        kept = {} if options.operator is None and options.precision is None else stored()["microseconds"]
+        kept |= {key: round(us, 3) for key, us in totals(rows).items()}
+        text = {"triton": triton.__version__, "microseconds": dict(sorted(kept.items()))}
+        STORED.write_text(json.dumps(text, indent=1) + "\n")
+    faults = [f"{row.kernel}, {row.precision}: {fault}" for row in rows for fault in row.faults]
+    if options.check:
+        worse, better = changes(rows, stored()["microseconds"])
+        faults += worse
+        for line in better:
+            console.print(f"faster: {line}")
+    for fault in faults:
+        console.print(fault, style="red")
+    return int(bool(faults))
 
 
-@lru_cache
-def _times(file: Path | None) -> dict[str, float]:
-    """Microseconds of all launches of each kernel, by Row.key."""
-    times: dict[str, float] = {}
-    for record in json.loads(file.read_text()) if file else ():
-        row = Row(**record)
-        times[row.key] = times.get(row.key, 0.0) + row.microseconds
-    return times
+def stored() -> dict[str, Any]:
+    """The predictions in the repository: of which release of Triton, and microseconds by Row.key."""
+    return json.loads(STORED.read_text())
+
+
+def _records(file: Path) -> list[Row]:
+    return [Row(**record) for record in json.loads(file.read_text())["kernels"]]
 
 
 if __name__ == "__main__":

@@ -54,6 +54,8 @@ class Access:
     lanes: int = 0
     sectors: int = 0
     """32-byte sectors of global memory, for every warp anew."""
+    first: int = 0
+    """Those of them that the block had not accessed before."""
     lines: int = 0
     """128-byte lines of global memory, for every warp anew."""
     cycles: int = 0
@@ -124,7 +126,7 @@ class _Run:
         self.shared = np.zeros((len(self.numbers), SHARED_BASE + code.shared + 1024), np.uint8)
         self.written = np.zeros(self.shared.shape, bool)
         self.trace = Trace(len(self.numbers), warps, np.zeros(len(code.instructions), I64))
-        self.sectors: dict[tuple[int, str], list[np.ndarray]] = {}
+        self.sectors: dict[tuple[int, str], np.ndarray] = {}
         self.decoded: list[Callable[[], None] | None] = [None] * len(code.instructions)
         self.mask: np.ndarray | None = None
         self.counted: dict[Any, Any] = {}
@@ -329,7 +331,7 @@ class _Run:
             sectors, lines = self._cached("global", addresses & ~127, addresses, where, one.width, _sectors_and_lines)
             access.sectors += sectors
             access.lines += lines
-            self._check_buffers(one, addresses, where, kind)
+            access.first += self._touch(one, addresses, where, kind)
         return addresses, where
 
     def _cached(self, what: str, base: np.ndarray, addresses: np.ndarray, where: np.ndarray, width: int, count: Callable) -> Any:
@@ -339,27 +341,37 @@ class _Run:
             self.counted[key] = count(addresses, where, width)
         return self.counted[key]
 
-    def _check_buffers(self, one: Instruction, addresses: np.ndarray, where: np.ndarray, kind: str) -> None:
-        tensors = addresses[where] >> 36
+    def _touch(self, one: Instruction, addresses: np.ndarray, where: np.ndarray, kind: str) -> int:
+        """Mark the sectors as accessed; how many were not before."""
+        tensors, new = addresses[where] >> 36, 0
         for number in tensors[:1] if (tensors == tensors[0]).all() else np.unique(tensors):
             here = where & (addresses >> 36 == number)
             buffer = self.buffers.get(int(number))
             offsets = addresses[here] - (int(number) << 36) - 0xF0000000
             if buffer is None or offsets.min() < 0 or offsets.max() + one.width > buffer.size:
                 which = "no tensor" if buffer is None else f"{buffer.name} of {buffer.size} bytes"
-                self._fault(f"{one.name} at {one.address:#06x} accesses bytes {offsets.min()} to {offsets.max() + one.width} of {which}")
-            key = self.block[here].astype(I64) << 40 | offsets // SECTOR
-            self.sectors.setdefault((int(number), kind), []).append(key)
+                self._fault(
+                    f"{one.name} at {one.address:#06x} accesses bytes {offsets.min()} to "
+                    f"{offsets.max() + one.width} of {which}"
+                )
+                continue
+            key = int(number), kind
+            if key not in self.sectors:
+                self.sectors[key] = np.zeros((self.trace.blocks, -(-buffer.size // SECTOR)), bool)
+            marks, places = self.sectors[key], (self.block[here], offsets // SECTOR)
+            fresh = ~marks[places]
+            if fresh.any():
+                new += len(np.unique(places[0][fresh] << 40 | places[1][fresh]))
+                marks[places] = True
+        return new
 
     def _fault(self, text: str) -> None:
         if text not in self.trace.faults:
             self.trace.faults.append(text)
 
     def _count_touched(self) -> None:
-        for (number, kind), keys in self.sectors.items():
-            if number in self.buffers:
-                different = len(np.unique(np.concatenate(keys)))
-                self.trace.touched[self.buffers[number].name, kind] = different / self.trace.blocks
+        for (number, kind), marks in self.sectors.items():
+            self.trace.touched[self.buffers[number].name, kind] = float(marks.sum()) / self.trace.blocks
 
     def load(self, at: int, one: Instruction) -> None:
         place = next(o for o in one.operands if "[" in o)

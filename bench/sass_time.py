@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass, field
 
 from .sass import Code, Instruction
-from .sass_run import SECTOR, Trace
+from .sass_run import SECTOR, Access, Trace
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class Machine:
     """Share of these rates that mma.sync reaches."""
     dram_latency: float = 600.0
     l2_latency: float = 280.0
+    l1: float = 256 * 1024
+    """Bytes of L1 and shared memory together."""
+    line: float = 1.0
+    """Clocks for each 128-byte line of an access."""
     l1_latency: float = 38.0
     shared_latency: float = 30.0
     alu_latency: float = 5.0
@@ -68,6 +72,8 @@ _TWO_CLOCKS = {
     "SGXT", "BMSK", "P2R", "R2P", "HSETP2", "HMNMX2", "VIADDMNMX", "F2FP", "I2FP", "MOV", "POPC", "FLO", "VOTE",
 }  # fmt: skip
 _SLOW = {"MUFU", "F2F", "F2I", "I2F", "S2R", "I2I"}
+_CARVEOUTS = tuple(1024 * size for size in (0, 8, 16, 32, 64, 100, 132, 164, 196, 228))
+"""What of L1 can be shared memory; the rest stays a cache."""
 _GLOBAL_LOADS = {"LDG", "LD", "LDGSTS", "ATOMG"}
 _GLOBAL_STORES = {"STG", "ST", "RED"}
 _SHARED = {"LDS", "STS", "LDSM", "STSM", "ATOMS"}
@@ -108,6 +114,8 @@ class _Step:
     """Clocks of the shared memory."""
     sectors: float = 0.0
     """Sectors from L2."""
+    misses: float = 0.0
+    """Share of them among those it accesses."""
     groups: int = 0
     """Groups of copies or products that a wait leaves open."""
 
@@ -138,8 +146,9 @@ def predict(code: Code, trace: Trace, grid: tuple[int, ...], sizes: dict[str, in
     blocks = math.prod(grid)
     room = occupancy(code, trace.warps, machine)
     unique = _unique_bytes(trace, blocks, sizes)
-    steps = _steps(code, trace, machine)
-    moved = _l2_sectors(code, trace) * SECTOR * blocks
+    by_instruction = _l2_sectors(code, trace, _l1_hits(code, trace, room, machine))
+    steps = _steps(code, trace, by_instruction, machine)
+    moved = sum(by_instruction.values()) / trace.blocks * SECTOR * blocks
     # What fits into L2 is there from the kernel before, or stays for the next one.
     missing = min(1.0, max(0.0, unique / machine.l2_capacity - 0.5)) * unique
     share = min(1.0, missing / max(1.0, moved))
@@ -159,26 +168,31 @@ def _unique_bytes(trace: Trace, blocks: int, sizes: dict[str, int]) -> float:
     return sum(min(sizes[name], mean * SECTOR * blocks) for (name, _), mean in trace.touched.items())
 
 
-def _l2_sectors(code: Code, trace: Trace) -> float:
-    """Sectors of a block that pass between L1 and L2."""
-    loads = sum(mean for (_, kind), mean in trace.touched.items() if kind == "load")
-    requested = {"L1": 0.0, "past": 0.0, "store": 0.0}
+def _l1_hits(code: Code, trace: Trace, room: int, machine: Machine) -> float:
+    """Share of the repeated accesses of a block that L1 still has."""
+    taken = room * (code.shared + 1024) if code.shared else 0
+    left = machine.l1 - min(size for size in _CARVEOUTS if size >= min(taken, _CARVEOUTS[-1]))
+    # About half of what a block touches lies between two uses of the same sector.
+    between = 0.5 * SECTOR * sum(mean for (_, kind), mean in trace.touched.items() if kind == "load")
+    return min(1.0, left / max(1.0, between)) ** 2
+
+
+def _l2_sectors(code: Code, trace: Trace, hits: float) -> dict[int, float]:
+    """Sectors that pass between L1 and L2, by the number of the instruction, for all sampled blocks."""
+    moved = {}
     for i, access in trace.accesses.items():
         one = code.instructions[i]
-        kind = "store" if one.opcode in _GLOBAL_STORES else "past" if "BYPASS" in one.modifiers else "L1"
-        requested[kind] += access.sectors / trace.blocks
-    return min(loads, requested["L1"] + requested["past"]) + requested["store"]
+        cached = one.opcode in _GLOBAL_LOADS and "BYPASS" not in one.modifiers
+        moved[i] = access.first + (access.sectors - access.first) * (1 - hits) if cached else access.sectors
+    return moved
 
 
-def _steps(code: Code, trace: Trace, machine: Machine) -> list[_Step]:
+def _steps(code: Code, trace: Trace, moved: dict[int, float], machine: Machine) -> list[_Step]:
     """The costs of every instruction, for one warp."""
-    requested = sum(a.sectors for i, a in trace.accesses.items() if code.instructions[i].opcode in _GLOBAL_LOADS)
-    loads = sum(mean for (_, kind), mean in trace.touched.items() if kind == "load") * trace.blocks
-    new = min(1.0, loads / max(1, requested))
-    return [_step(one, trace, i, new, machine) for i, one in enumerate(code.instructions)]
+    return [_step(one, trace, i, moved.get(i, 0.0), machine) for i, one in enumerate(code.instructions)]
 
 
-def _step(one: Instruction, trace: Trace, i: int, new: float, machine: Machine) -> _Step:
+def _step(one: Instruction, trace: Trace, i: int, moved: float, machine: Machine) -> _Step:
     warps = max(1, int(trace.executed[i]))
     step = _Step(one.sources, one.results, "plain", latency=machine.alu_latency)
     access = trace.accesses.get(i)
@@ -187,12 +201,12 @@ def _step(one: Instruction, trace: Trace, i: int, new: float, machine: Machine) 
         return _product(one, step, machine)
     if opcode in _GLOBAL_LOADS:
         step.kind = "copy" if opcode == "LDGSTS" else "load"
-        step.sectors = access.sectors / warps * new if access else 0.0
-        step.pipe, step.clocks = "memory", max(access.lines, access.sectors / 4) / warps if access else 1.0
+        step.sectors, step.misses = moved / warps, moved / max(1, access.sectors) if access else 0.0
+        step.pipe, step.clocks = "memory", _line_clocks(access, machine) / warps if access else 1.0
         step.shared = access.cycles / warps if access and opcode == "LDGSTS" else 0.0
     elif opcode in _GLOBAL_STORES:
-        step.kind, step.sectors = "store", access.sectors / warps if access else 0.0
-        step.pipe, step.clocks = "memory", max(access.lines, access.sectors / 4) / warps if access else 1.0
+        step.kind, step.sectors = "store", moved / warps
+        step.pipe, step.clocks = "memory", _line_clocks(access, machine) / warps if access else 1.0
     elif opcode in _SHARED or opcode == "SHFL":
         step.kind, step.latency = "shared", machine.shared_latency
         step.shared = access.cycles / warps if access else 1.0
@@ -210,6 +224,10 @@ def _step(one: Instruction, trace: Trace, i: int, new: float, machine: Machine) 
     elif opcode in ("FADD", "FMUL", "FFMA", "HADD2", "HFMA2", "HMUL2"):
         step.pipe, step.clocks = "float", 1.0
     return step
+
+
+def _line_clocks(access: Access, machine: Machine) -> float:
+    return max(access.lines * machine.line, access.sectors / 4)
 
 
 def _product(one: Instruction, step: _Step, machine: Machine) -> _Step:
@@ -270,7 +288,7 @@ class _Simulation:
         results = tuple(self.names[r] for r in step.results)
         pipe = _PIPES.index(step.pipe) if step.pipe in _PIPES else -1
         kind = _KINDS.index(step.kind)
-        return sources, results, kind, pipe, step.clocks, step.latency, step.shared, step.sectors, step.groups
+        return sources, results, kind, pipe, step.clocks, step.latency, step.shared, step.sectors, step.misses, step.groups
 
     def run(self, blocks: int, room: int) -> float:
         """Clocks until so many blocks are done, ``room`` at a time."""
@@ -331,7 +349,7 @@ class _Simulation:
         schedulers, pipes, pace = self.schedulers, self.pipes, machine.issue + machine.dependent
         at, length = warp.at, len(self.path)
         while at < length:
-            sources, results, kind, pipe, clocks, latency, shared, sectors, groups = path[at]
+            sources, results, kind, pipe, clocks, latency, shared, sectors, misses, groups = path[at]
             start = schedulers[scheduler]
             if start < time:
                 start = time
@@ -361,7 +379,8 @@ class _Simulation:
                     self.shared_free = done = max(self.shared_free, start) + clocks + shared
                     done += machine.l1_latency
                     if sectors:
-                        done = max(self.shared_free, self._moved(start, sectors)) + self.memory_latency
+                        there = max(self.shared_free, self._moved(start, sectors)) + self.memory_latency
+                        done += (there - done) * misses if there > done else 0.0
                     if kind == _COPY:
                         warp.open_copies = max(warp.open_copies, done)
                 elif kind == _STORE:

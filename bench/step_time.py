@@ -28,15 +28,38 @@ from .operators import Size
 
 @dataclass(frozen=True)
 class Call:
-    """One call of ATen: bytes of its arguments and results, FLOPs if it is a product, and the blocks of its result."""
+    """One call of ATen."""
 
     name: str
     moved: int
+    """Bytes of its arguments and results."""
     flops: int
+    """0 if it is no product of matrices."""
     elements: int
     """Of the largest result."""
     kind: str
     """Arithmetic of a product: float32, tf32 or bfloat16."""
+
+    @property
+    def seconds(self) -> float:
+        """Estimated time on an H100: that of the memory, of the arithmetic, or of a long sum in few blocks."""
+        bandwidth = CACHE_BANDWIDTH if self.moved < CACHED else BANDWIDTH
+        memory = self.moved / bandwidth
+        if not self.flops:
+            return (SUM_START if self.name in SUMS else START) + memory
+        rate, step = PRODUCT_RATES[self.kind]
+        depth = self.flops / 2 / max(1, self.elements)
+        return START + max(memory, self.flops / rate, depth * step)
+
+
+# Fitted to the totals of a profile of the step on an H100, bench/predictions/measured.json.
+BANDWIDTH, CACHE_BANDWIDTH, CACHED = 2.6e12, 4e12, 30e6
+"""Bytes per second from DRAM and from L2, and the bytes of a call that are in L2."""
+START, SUM_START = 1.7e-6, 6.5e-6
+"""Seconds of the smallest call, and of the smallest reduction."""
+SUMS = {"sum", "mean", "linalg_vector_norm", "max", "min", "any"}
+PRODUCT_RATES = {"float32": (45e12, 37e-9), "tf32": (200e12, 2.5e-9), "bfloat16": (350e12, 1.2e-9)}
+"""FLOPs per second of cuBLAS, and seconds for each number that one result is the sum of: results are added up in order."""
 
 
 @dataclass
