@@ -20,9 +20,7 @@ import json
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from datetime import date
@@ -38,6 +36,7 @@ from trgnet.kernels import operator, operator_table
 from trgnet.kernels.examples import HALF_ARGUMENTS, Size, changed
 from trgnet.kernels.launch import Launch, Target, interpreted, record_launches
 
+from . import sass
 from .operators import make_case
 
 ARCHITECTURES = {
@@ -265,49 +264,18 @@ def _facts(job: Job, launch: Launch, compiled: Any) -> Code:
 
 
 def _nvidia_facts(asm: dict[str, Any]) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(asm["cubin"])
-        usage = _tool("cuobjdump", "-res-usage", str(file))
-        sass = _tool("nvdisasm", "-c", str(file))
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage).groups())
-    opcodes = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P[T\d]+ )?([A-Z][A-Z0-9_.]*)", sass, re.M)
-    accesses = [_sass_width(o) for o in opcodes if re.match(r"(LDG|STG|LDGSTS)\b", o)]
+    code = sass.read(asm["cubin"])
+    accesses = [one.width for one in code.instructions if one.opcode in ("LDG", "STG", "LDGSTS")]
     return {
-        "registers": registers,
-        "spilled": stack + local,
+        "registers": code.registers,
+        "spilled": code.stack,
         "wide": _wide_share(accesses),
-        "matrix": sum(bool(re.match(r"[HIQBD]MMA|[HIQB]GMMA|UTC\w*MMA", o)) for o in opcodes),
-        "forbidden": len(re.findall(r"wgmma\.mma_async\S*\.m64n8k", asm["ptx"])),
+        "matrix": sum(bool(re.match(r"[HIQBD]MMA|[HIQB]GMMA|UTC\w*MMA", name)) for name in code.names),
+        "forbidden": sum(bool(sass.EIGHT_COLUMNS.match(name)) for name in code.names),
         "float64": sum(
-            bool(re.match(r"D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|.*\.F64|MUFU\.\w*64", o)) for o in opcodes
+            bool(re.match(r"D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|.*\.F64|MUFU\.\w*64", name)) for name in code.names
         ),
     }
-
-
-def _tool(name: str, *args: str) -> str:
-    import triton
-
-    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    run = subprocess.run([program, *args], capture_output=True, text=True, check=True)
-    return run.stdout + run.stderr
-
-
-def _sass_width(opcode: str) -> int:
-    suffixes = opcode.split(".")
-    for suffix, width in {
-        "256": 32,
-        "128": 16,
-        "64": 8,
-        "U16": 2,
-        "S16": 2,
-        "U8": 1,
-        "S8": 1,
-        "16": 2,
-    }.items():
-        if suffix in suffixes:
-            return width
-    return 4
 
 
 def _amd_facts(asm: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import os
 import statistics
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,11 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from trgnet.kernels.examples import Size
 from trgnet.kernels.launch import Launch, Span, interpreted
 
 from . import compiled, sass, sass_run, sass_time
 from .compiled import Job, triton_operators
-from .operators import Size
 from .step_time import record_step
 
 SIZE = Size(n=8, t=6000, segments=320)
@@ -104,7 +104,11 @@ def parameters(launch: Launch, size: Size) -> list[tuple[int, Any]]:
     for name, value in launch.arguments:
         if isinstance(value, Span):
             item = value.dtype.itemsize
-            whole = None if value.dtype.is_floating_point or value.dtype == torch.bool else integers(name, value.length, size)
+            whole = (
+                None
+                if value.dtype.is_floating_point or value.dtype == torch.bool
+                else integers(name, value.length, size)
+            )
             contents = None if whole is None else whole.view(np.uint8)
             # Nothing is padded: masks are true.
             fill = 1 if value.dtype == torch.bool else None
@@ -146,7 +150,7 @@ def predict(operator: str, precision: str, launch: Launch, size: Size = SIZE) ->
             {name: 1e6 * seconds for name, seconds in found.resources.items()}, _conflicts(code, trace),
             tuple(sass.faults(code) + trace.faults),
         )  # fmt: skip
-    return _ROWS[known]
+    return replace(_ROWS[known], operator=operator, precision=precision)
 
 
 def name_of(launch: Launch) -> str:
@@ -170,11 +174,11 @@ def operator_rows(operator: str, precision: str, size: Size = SIZE) -> list[Row]
     """Predict what forward and backward of an operator launch, in order; equal launches are one row."""
     counts: dict[Any, int] = {}
     rows: dict[Any, Row] = {}
-    for launch in compiled.recorded(Job(operator, precision, ARCHITECTURE, size)):
+    for launch in compiled.recorded(Job(operator, precision, ARCHITECTURE), size):
         known = launch.compilation, launch.grid, launch.arguments
         counts[known] = counts.get(known, 0) + 1
         rows[known] = predict(operator, precision, launch, size)
-    return [Row(**{**vars(row), "launches": counts[known]}) for known, row in rows.items()]
+    return [replace(row, launches=counts[known]) for known, row in rows.items()]
 
 
 @dataclass(frozen=True)
@@ -204,11 +208,15 @@ def step_rows(precision: str, size: Size = SIZE) -> list[StepRow]:
         _add(rows, ("kernel", row.kernel), len(launches), row.microseconds, row.floor)
     for call in (call for phase in phases for call in phase.calls):
         _add(rows, ("call", call.name), 1, 1e6 * call.seconds, 0.0)
-    found = [StepRow(precision, what, kind, int(n), us, floor) for (kind, what), (n, us, floor) in rows.items()]
+    found = [
+        StepRow(precision, what, kind, int(n), us, floor) for (kind, what), (n, us, floor) in rows.items()
+    ]
     return sorted(found, key=lambda row: -row.microseconds)
 
 
-def _add(rows: dict[tuple[str, str], list[float]], key: tuple[str, str], count: int, each: float, floor: float) -> None:
+def _add(
+    rows: dict[tuple[str, str], list[float]], key: tuple[str, str], count: int, each: float, floor: float
+) -> None:
     total = rows.setdefault(key, [0, 0.0, 0.0])
     total[0] += count
     total[1] += count * each
@@ -298,14 +306,20 @@ def print_table(rows: Iterable[Row], console: Console, against: dict[str, float]
         ]  # fmt: skip
         if against:
             before = against.get(row.key)
-            cells += [f"{now[row.key]:.1f}", f"{before:.1f}", f"{now[row.key] / before:.2f}"] if before else ["", "", ""]
+            cells += (
+                [f"{now[row.key]:.1f}", f"{before:.1f}", f"{now[row.key] / before:.2f}"]
+                if before
+                else ["", "", ""]
+            )
         table.add_row(*cells, style="red" if row.faults else None)
     console.print(table)
 
 
 def print_step(precision: str, rows: list[StepRow], console: Console, most: int = 25) -> None:
     """The training step: what takes longest, and its sum."""
-    table = Table("", "kind", "count", "us", "share", "floor", title=f"Training step, {precision}", title_justify="left")
+    table = Table(
+        "", "kind", "count", "us", "share", "floor", title=f"Training step, {precision}", title_justify="left"
+    )
     total, count = sum(row.microseconds for row in rows), sum(row.count for row in rows)
     for row in rows[:most]:
         floor = f"{row.floor:.0f}" if row.floor else ""
@@ -313,7 +327,9 @@ def print_step(precision: str, rows: list[StepRow], console: Console, most: int 
         table.add_row(row.what, row.kind, str(row.count), f"{row.microseconds:.0f}", share, floor)
     rest = rows[most:]
     if rest:
-        table.add_row("others", "", str(sum(r.count for r in rest)), f"{sum(r.microseconds for r in rest):.0f}", "", "")
+        table.add_row(
+            "others", "", str(sum(r.count for r in rest)), f"{sum(r.microseconds for r in rest):.0f}", "", ""
+        )
     kernels = sum(row.microseconds for row in rows if row.kind == "kernel")
     table.add_row("Triton kernels", "", "", f"{kernels:.0f}", f"{kernels / total:.1%}", "")
     table.add_row("device time", "", str(count), f"{total:.0f}", "", "")
@@ -330,8 +346,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="also write the records into this file")
     parser.add_argument("--against", type=Path, help="records of --json to compare with")
     parser.add_argument("--check", action="store_true", help="exit code 1 if a kernel is slower than stored")
-    parser.add_argument("--store", action="store_true", help="renew the stored predictions that --check compares with")
-    parser.add_argument("--measured", type=Path, help="compare the step's kernels with measured times in this file")
+    parser.add_argument(
+        "--store", action="store_true", help="renew the stored predictions that --check compares with"
+    )
+    parser.add_argument(
+        "--measured", type=Path, help="compare the step's kernels with measured times in this file"
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: one for each core")
     options = parser.parse_args(arguments)
     if interpreted():
@@ -342,7 +362,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"predictions are stored for triton {stored()['triton']}, this is {triton.__version__}")
     only_step = options.step or options.measured
     precisions = options.precision or PRECISIONS
-    jobs: list[tuple[str | None, str]] = [] if options.operator else [(None, precision) for precision in precisions]
+    jobs: list[tuple[str | None, str]] = (
+        [] if options.operator else [(None, precision) for precision in precisions]
+    )
     if not only_step:
         jobs += [(name, precision) for name in options.operator or names for precision in precisions]
     rows, step = predict_all(jobs, options.processes)
@@ -356,7 +378,11 @@ def main(arguments: list[str] | None = None) -> int:
     for precision in precisions if step else ():
         print_step(precision, [row for row in step if row.precision == precision], console)
     if options.json:
-        found = {"triton": triton.__version__, "kernels": [asdict(r) for r in rows], "step": [asdict(r) for r in step]}
+        found = {
+            "triton": triton.__version__,
+            "kernels": [asdict(r) for r in rows],
+            "step": [asdict(r) for r in step],
+        }
         options.json.write_text(json.dumps(found, indent=1))
     if options.measured:
         compared = fit(step, json.loads(options.measured.read_text()))

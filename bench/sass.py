@@ -1,6 +1,6 @@
 """Reads the machine code (SASS) of a compiled NVIDIA kernel, and checks what must not be in it.
 
-``read(cubin)`` disassembles a kernel with the tools that come with Triton; no GPU is needed. ``faults(code)`` names what
+``read(cubin, shared)`` disassembles a kernel with the tools that come with Triton; no GPU is needed. ``faults(code)`` names what
 would be wrong on a GPU and is visible without running the code:
 
 - registers that spill to local memory, and local accesses in general,
@@ -23,10 +23,8 @@ from pathlib import Path
 
 SHARED_BASE = 0x400
 """Shared memory of a block begins here on Hopper: the system keeps what is below."""
-FORBIDDEN = (
-    (re.compile(r"HGMMA\.64x8x"), "has a tensor-core instruction of eight columns, which reads beyond its tile"),
-)
-"""Instructions that no kernel may contain, with the reason."""
+EIGHT_COLUMNS = re.compile(r"HGMMA\.64x8x")
+"""Instructions that no kernel may contain, see :func:`trgnet.kernels.frame_tiles.one_warpgroup`."""
 
 _LABEL = re.compile(r"^(\.L\w+):")
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(?:(@!?U?P[T\d]+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
@@ -66,7 +64,9 @@ class Instruction:
         if self.opcode in ("LDSM", "STSM"):
             return 4 * self.matrices
         # "16" alone is the element of a packed operation.
-        return next((size for name, size in sizes if name in self.modifiers), 2 if "16" in self.modifiers else 4)
+        return next(
+            (size for name, size in sizes if name in self.modifiers), 2 if "16" in self.modifiers else 4
+        )
 
     @cached_property
     def matrices(self) -> int:
@@ -136,7 +136,9 @@ class Instruction:
                 skipped -= 1
                 continue
             found += self._operand_registers(operand)
-        return tuple(dict.fromkeys(r for r in found if not r.endswith(("Z", "PT")) and r not in ("PT", "UPT")))
+        return tuple(
+            dict.fromkeys(r for r in found if not r.endswith(("Z", "PT")) and r not in ("PT", "UPT"))
+        )
 
     def _operand_registers(self, operand: str) -> Iterator[str]:
         for match in _REGISTER.finditer(operand):
@@ -173,8 +175,8 @@ class Code:
     """Bytes of shared memory, for a block."""
 
     @cached_property
-    def opcodes(self) -> list[str]:
-        """Full names of the instructions, in order."""
+    def names(self) -> list[str]:
+        """Names of the instructions with their modifiers, in order."""
         return [instruction.name for instruction in self.instructions]
 
     @cached_property
@@ -267,7 +269,7 @@ def parse(text: str, **facts: int) -> Code:
     return Code(tuple(instructions), labels, **facts)
 
 
-def read(cubin: bytes, shared: int) -> Code:
+def read(cubin: bytes, shared: int = 0) -> Code:
     """Disassemble a compiled kernel that asks for ``shared`` bytes of shared memory."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
@@ -299,9 +301,8 @@ def faults(code: Code) -> list[str]:
 
 
 def _faults_of(one: Instruction, shared: int) -> Iterator[str]:
-    for pattern, reason in FORBIDDEN:
-        if pattern.match(one.name):
-            yield f"{reason}: {one.name}"
+    if EIGHT_COLUMNS.match(one.name):
+        yield f"has a tensor-core instruction of eight columns, which reads beyond its tile: {one.name}"
     if one.opcode in ("LDL", "STL"):
         yield f"accesses local memory: {one.name}"
     # ptxas waits for copies with a load that has no result.

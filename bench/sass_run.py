@@ -85,7 +85,9 @@ class UnknownValue(ValueError):
     """An address or a loop depends on a value that is not known."""
 
 
-def run(code: Code, grid: tuple[int, ...], warps: int, parameters: list[tuple[int, Any]], samples: int = 4) -> Trace:
+def run(
+    code: Code, grid: tuple[int, ...], warps: int, parameters: list[tuple[int, Any]], samples: int = 4
+) -> Trace:
     """Run ``samples`` blocks of the grid.
 
     ``parameters`` are (bytes, value) in order; a value is a number or a :class:`Buffer`.
@@ -140,7 +142,11 @@ class _Run:
             if isinstance(value, Buffer):
                 self.buffers[i + 1] = value
                 value = ((i + 1) << 36) + 0xF0000000  # additions of offsets carry
-            raw = np.float32(value).tobytes() if isinstance(value, float) else int(value).to_bytes(size, "little", signed=True)
+            raw = (
+                np.float32(value).tobytes()
+                if isinstance(value, float)
+                else int(value).to_bytes(size, "little", signed=True)
+            )
             self.constants[at : at + size] = np.frombuffer(raw, np.uint8)
             at += size
 
@@ -307,34 +313,47 @@ class _Run:
         return where
 
     def address(self, operand: str, one: Instruction) -> np.ndarray:
-        """Addresses of [R2.64+UR4+0x10]."""
-        total, wide = None, ".64" in operand
-        for term in operand[operand.index("[") + 1 : -1].split("+") if not operand.startswith("desc") else operand.split("][")[1][:-1].split("+"):
-            scale = re.search(r"\.X(\d+)", term)
-            value = self.pair(term) if wide and (".64" in term) else self.value(term)
+        """Addresses of [R2.64+UR4+0x10], with desc[UR8] before it or without."""
+        total = np.zeros(self.size, I64)
+        for term in operand.split("][")[-1].split("[")[-1].rstrip("]").split("+"):
+            if re.fullmatch(r"-?0x[0-9a-f]+", term):
+                total += int(term, 16)
+                continue
+            value = self.pair(term) if term.endswith(".64") else self.value(term)
             if value is None:
-                raise UnknownValue(f"unknown address at {one.address:#x}: {one.name} {', '.join(one.operands)}; give the contents of the tensor that it is loaded from")
-            value = value.astype(I64)
-            if term.startswith(("0x", "-0x")):
-                value = np.full(self.size, int(term, 16), I64)
-            if scale:
-                value = value * int(scale.group(1))
-            total = value if total is None else total + value
+                raise UnknownValue(
+                    f"unknown address at {one.address:#06x}: {one.name} {', '.join(one.operands)}; give the contents of the "
+                    "tensor that it is loaded from"
+                )
+            scale = re.search(r"\.X(\d+)", term)
+            total += value.astype(I64) * int(scale.group(1) if scale else 1)
         return total
 
-    def global_access(self, at: int, one: Instruction, place: str, kind: str, *guards: str) -> tuple[np.ndarray, np.ndarray]:
+    def global_access(
+        self, at: int, one: Instruction, place: str, kind: str, *guards: str
+    ) -> tuple[np.ndarray, np.ndarray]:
         where, addresses = self.active(one, *guards), self.address(place, one)
         access = self.trace.accesses.setdefault(at, Access())
         access.warps += int(where.reshape(-1, WARP).any(1).sum())
         access.lanes += int(where.sum())
         if where.any():
-            sectors, lines = self._cached("global", addresses & ~127, addresses, where, one.width, _sectors_and_lines)
+            sectors, lines = self._cached(
+                "global", addresses & ~127, addresses, where, one.width, _sectors_and_lines
+            )
             access.sectors += sectors
             access.lines += lines
             access.first += self._touch(one, addresses, where, kind)
         return addresses, where
 
-    def _cached(self, what: str, base: np.ndarray, addresses: np.ndarray, where: np.ndarray, width: int, count: Callable) -> Any:
+    def _cached(
+        self,
+        what: str,
+        base: np.ndarray,
+        addresses: np.ndarray,
+        where: np.ndarray,
+        width: int,
+        count: Callable,
+    ) -> Any:
         """Loops repeat accesses at other places; what counts is how addresses lie to each other."""
         key = what, width, (addresses - base[0]).tobytes(), where.tobytes()
         if key not in self.counted:
@@ -399,7 +418,9 @@ class _Run:
             value = value.astype(np.int8).astype(I32).astype(U32)
         return value
 
-    def shared_access(self, at: int, one: Instruction, place: str, width: int, lanes: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def shared_access(
+        self, at: int, one: Instruction, place: str, width: int, lanes: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Count an access of ``width`` bytes a thread; ``lanes`` replaces the threads that take part."""
         where = self.active(one) if lanes is None else lanes & self.active(one)
         addresses = self.address(place, one) & 0xFFFFFF
@@ -410,7 +431,10 @@ class _Run:
             access.cycles += self._cached("shared", addresses & ~127, addresses, where, width, bank_cycles)
             low, high = addresses[where].min(), addresses[where].max() + width
             if low < SHARED_BASE or high > SHARED_BASE + self.code.shared:
-                self._fault(f"{one.name} at {one.address:#06x} accesses shared memory at {low - SHARED_BASE} to {high - SHARED_BASE} of {self.code.shared} bytes")
+                self._fault(
+                    f"{one.name} at {one.address:#06x} accesses shared memory at {low - SHARED_BASE} to "
+                    f"{high - SHARED_BASE} of {self.code.shared} bytes"
+                )
         return addresses, where
 
     def load_shared(self, at: int, one: Instruction) -> None:
@@ -446,7 +470,9 @@ class _Run:
             bytes_at = (self.block[where][:, None], addresses[:, None] + 4 * i + np.arange(width))
             self.written[bytes_at] = value is not None
             if value is not None:
-                self.shared[bytes_at] = (value[where][:, None] >> (np.arange(width) * 8).astype(U32)).astype(np.uint8)
+                self.shared[bytes_at] = (value[where][:, None] >> (np.arange(width) * 8).astype(U32)).astype(
+                    np.uint8
+                )
 
     def matrices(self, at: int, one: Instruction) -> None:
         """LDSM and STSM: threads give the addresses of rows of 16 bytes, eight for each matrix."""
@@ -464,14 +490,12 @@ class _Run:
         into, source, *guards = one.operands
         guards = [g for g in guards if re.fullmatch(r"!?U?P[T\d]", g)]
         self.global_access(at, one, source, "load", *guards)
-        addresses, where = self.shared_access_of_copy(at, one, into)
-        self.written[self.block[where][:, None], addresses[where][:, None] + np.arange(one.width)] = False
-
-    def shared_access_of_copy(self, at: int, one: Instruction, into: str) -> tuple[np.ndarray, np.ndarray]:
-        before = self.trace.accesses[at].warps, self.trace.accesses[at].lanes
-        found = self.shared_access(at, one, into, one.width)
-        self.trace.accesses[at].warps, self.trace.accesses[at].lanes = before
-        return np.clip(found[0], 0, self.shared.shape[1] - 32), found[1]
+        access = self.trace.accesses[at]
+        before = access.warps, access.lanes
+        addresses, where = self.shared_access(at, one, into, one.width)
+        access.warps, access.lanes = before  # counted once
+        addresses = np.clip(addresses, 0, self.shared.shape[1] - 32)[where]
+        self.written[self.block[where][:, None], addresses[:, None] + np.arange(one.width)] = False
 
 
 def _next(register: str, i: int) -> str:
@@ -524,7 +548,10 @@ def _decode(run: _Run, one: Instruction, at: int) -> Callable[[], None]:
         return lambda: memory[base](at, one)
     if base in ("STG", "ST", "RED", "ATOMG"):
         place = next(o for o in one.operands if "[" in o)
-        return lambda: (run.global_access(at, one, place, "store"), [run.write(r, None, one.guard) for r in one.results])
+        return lambda: (
+            run.global_access(at, one, place, "store"),
+            [run.write(r, None, one.guard) for r in one.results],
+        )
     plain = base[1:] if base.startswith("U") and base[1:] in _OPERATIONS else base
     if plain in _OPERATIONS and (make := _OPERATIONS[plain](run, one)) is not None:
         return make
@@ -551,7 +578,9 @@ def _constant(run: _Run, one: Instruction) -> Callable[[], None] | None:
     if match is None:
         return None
     offset = int(match.group(1), 16)
-    words = [run._same(run.constants[offset + 4 * i :][:4].view(U32)[0]) for i in range(max(1, one.width // 4))]
+    words = [
+        run._same(run.constants[offset + 4 * i :][:4].view(U32)[0]) for i in range(max(1, one.width // 4))
+    ]
     if one.width < 4:
         return None
     return lambda: [run.write(_next(result, i), word(), one.guard) for i, word in enumerate(words)]
@@ -561,7 +590,10 @@ def _special(run: _Run, one: Instruction) -> Callable[[], None]:
     result, name = one.operands
     value = run.special.get(name)
     if one.opcode == "CS2R" and "32" not in one.modifiers:
-        return lambda: [run.write(_next(result, i), run.zero if value is not None and i else value, one.guard) for i in range(2)]
+        return lambda: [
+            run.write(_next(result, i), run.zero if value is not None and i else value, one.guard)
+            for i in range(2)
+        ]
     return lambda: run.write(result, value, one.guard)
 
 
@@ -584,7 +616,9 @@ def _imad(run: _Run, one: Instruction) -> Callable[[], None]:
 
     def product() -> Value:
         kind = U64 if unsigned else I64
-        values = [_apply(lambda v: v.astype(U64) if unsigned else v.view(I32).astype(I64), read()) for read in reads]
+        values = [
+            _apply(lambda v: v.astype(U64) if unsigned else v.view(I32).astype(I64), read()) for read in reads
+        ]
         return _apply(lambda a, b: (a * b).astype(kind).view(U64), *values)
 
     def low() -> None:
@@ -614,7 +648,13 @@ def _iadd3(run: _Run, one: Instruction) -> Callable[[], None]:
         return lambda: run.write_pair(
             result, _apply(lambda a, b, c: a + b + c, *(run.pair(o) for o in operands[:3])), one.guard
         )
-    terms = [(o.startswith("-") and not o.startswith("-0x"), run._reader(o[1:] if o.startswith("-") and not o.startswith("-0x") else o)) for o in operands[:3]]
+    terms = [
+        (
+            o.startswith("-") and not o.startswith("-0x"),
+            run._reader(o[1:] if o.startswith("-") and not o.startswith("-0x") else o),
+        )
+        for o in operands[:3]
+    ]
     ins = operands[3:] if "X" in one.modifiers else []
 
     def add() -> None:
@@ -627,7 +667,7 @@ def _iadd3(run: _Run, one: Instruction) -> Callable[[], None]:
         for name in ins:
             total = _apply(lambda t, p: t + p.astype(U64), total, run.predicate(name))
         for i, name in enumerate(carries):
-            run.write(name, _apply(lambda t: (t >> U64(32)) > U64(i), total), one.guard)
+            run.write(name, _apply(lambda t, n: (t >> U64(32)) > n, total, U64(i)), one.guard)
         run.write(result, _apply(lambda t: t.astype(U32), total), one.guard)
 
     return add
@@ -655,7 +695,7 @@ def _lea(run: _Run, one: Instruction) -> Callable[[], None]:
     def high() -> None:
         x = a()
         upper = _apply(lambda v: v.view(I32) >> 31, x) if c is None else c()
-        both = _apply(lambda l, h: l.astype(U64) | h.astype(U32).astype(U64) << U64(32), x, upper)
+        both = _apply(lambda low, high: low.astype(U64) | high.astype(U32).astype(U64) << U64(32), x, upper)
         total = _apply(lambda v, y: ((v << shift) >> U64(32)) + y.astype(U64), both, b())
         for name in ins if "X" in one.modifiers else ():
             total = _apply(lambda t, p: t + p.astype(U64), total, run.predicate(name))
@@ -709,7 +749,13 @@ def _lop3(run: _Run, one: Instruction) -> Callable[[], None]:
 
 def _lookup(table: int, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """The bits that a truth table of eight entries gives for three."""
-    fast = {0xC0: lambda: a & b, 0xFC: lambda: a | b, 0x3C: lambda: a ^ b, 0x33: lambda: ~b, 0xF8: lambda: a | b & c}
+    fast = {
+        0xC0: lambda: a & b,
+        0xFC: lambda: a | b,
+        0x3C: lambda: a ^ b,
+        0x33: lambda: ~b,
+        0xF8: lambda: a | b & c,
+    }
     if table in fast:
         return fast[table]()
     total = np.zeros_like(a)
@@ -742,7 +788,14 @@ def _three_valued(table: int, values: list[Value], run: _Run) -> Value:
     return outcomes[0] if all(np.array_equal(outcomes[0], o) for o in outcomes) else None
 
 
-_COMPARE = {"GT": np.greater, "GE": np.greater_equal, "LT": np.less, "LE": np.less_equal, "EQ": np.equal, "NE": np.not_equal}
+_COMPARE = {
+    "GT": np.greater,
+    "GE": np.greater_equal,
+    "LT": np.less,
+    "LE": np.less_equal,
+    "EQ": np.equal,
+    "NE": np.not_equal,
+}
 
 
 def _isetp(run: _Run, one: Instruction) -> Callable[[], None] | None:
@@ -763,9 +816,9 @@ def _isetp(run: _Run, one: Instruction) -> Callable[[], None] | None:
             low = run.predicate(extended[0])
             strict = {"GE": np.greater, "LE": np.less}.get(name, _COMPARE[name])
             if name == "NE":
-                found = _apply(lambda p, q, l: (p != q) | l, x, y, low)
+                found = _apply(lambda p, q, r: (p != q) | r, x, y, low)
             else:
-                found = _apply(lambda p, q, l: (strict(p, q) & (p != q)) | ((p == q) & l), x, y, low)
+                found = _apply(lambda p, q, r: (strict(p, q) & (p != q)) | ((p == q) & r), x, y, low)
         with_other = run.predicate(other)
         # A value that does not matter may be unknown.
         if combine == "AND" and found is None and with_other is not None and not with_other.any():
@@ -828,10 +881,10 @@ def _prmt(run: _Run, one: Instruction) -> Callable[[], None] | None:
         total: Value = np.zeros(run.size, U32)
         for i, digit in enumerate(digits):
             source = values[digit >> 2 & 1]
-            byte = _apply(lambda s: s >> U32(8 * (digit & 3)) & U32(0xFF), source)
+            byte = _apply(lambda s, n: s >> n & U32(0xFF), source, U32(8 * (digit & 3)))
             if digit & 8:
                 byte = _apply(lambda v: (v >> U32(7)) * U32(0xFF), byte)
-            total = _apply(lambda t, v: t | v << U32(8 * i), total, byte)
+            total = _apply(lambda t, v, n: t | v << n, total, byte, U32(8 * i))
         run.write(result, total, one.guard)
 
     return permute
@@ -850,7 +903,9 @@ def _sgxt(run: _Run, one: Instruction) -> Callable[[], None] | None:
 
 def _iabs(run: _Run, one: Instruction) -> Callable[[], None]:
     read = run._reader(one.operands[1])
-    return lambda: run.write(one.operands[0], _apply(lambda v: np.abs(v.view(I32)).view(U32), read()), one.guard)
+    return lambda: run.write(
+        one.operands[0], _apply(lambda v: np.abs(v.view(I32)).view(U32), read()), one.guard
+    )
 
 
 def _to_float(run: _Run, one: Instruction) -> Callable[[], None] | None:
@@ -862,7 +917,9 @@ def _to_float(run: _Run, one: Instruction) -> Callable[[], None] | None:
     def convert(v: np.ndarray) -> np.ndarray:
         exact = (v if unsigned else v.view(I32)).astype(np.float64)
         near = exact.astype(np.float32)
-        return np.where(near < exact, np.nextafter(near, np.float32(np.inf)), near).astype(np.float32).view(U32)
+        return (
+            np.where(near < exact, np.nextafter(near, np.float32(np.inf)), near).astype(np.float32).view(U32)
+        )
 
     return lambda: run.write(one.operands[0], _apply(convert, read()), one.guard)
 
@@ -885,7 +942,9 @@ def _to_integer(run: _Run, one: Instruction) -> Callable[[], None] | None:
     read = run._reader(one.operands[1])
 
     def convert(v: np.ndarray) -> np.ndarray:
-        return np.clip(np.nan_to_num(v.view(np.float32).astype(np.float64), posinf=2**32 - 1), 0, 2**32 - 1).astype(U32)
+        return np.clip(
+            np.nan_to_num(v.view(np.float32).astype(np.float64), posinf=2**32 - 1), 0, 2**32 - 1
+        ).astype(U32)
 
     return lambda: run.write(one.operands[0], _apply(convert, read()), one.guard)
 
@@ -901,7 +960,9 @@ def _predicates_to_register(run: _Run, one: Instruction) -> Callable[[], None] |
     def pack() -> None:
         value = _apply(lambda v: v & kept, read())
         for i in chosen:
-            value = _apply(lambda v, p: v | p.astype(U32) << U32(i), value, run.registers.get(f"{prefix}{i}"))
+            value = _apply(
+                lambda v, p, n: v | p.astype(U32) << n, value, run.registers.get(f"{prefix}{i}"), U32(i)
+            )
         run.write(result, value, one.guard)
 
     return pack
@@ -918,7 +979,7 @@ def _register_to_predicates(run: _Run, one: Instruction) -> Callable[[], None] |
         value = read()
         for i in range(7):
             if int(bits, 16) >> i & 1:
-                found = _apply(lambda v: (v >> U32(shift + i) & U32(1)) != 0, value)
+                found = _apply(lambda v, n: (v >> n & U32(1)) != 0, value, U32(shift + i))
                 run.write(f"{names[:-1]}{i}", found, one.guard)
 
     return unpack

@@ -26,7 +26,7 @@ class Machine:
     shared: int = 228 * 1024
     warps: int = 64
     l2_capacity: float = 50e6
-    dram: float = 2.95e12
+    dram: float = 3.15e12
     """Bytes per second, read and written."""
     l2: float = 5.5e12
     port: float = 64.0
@@ -141,7 +141,9 @@ def occupancy(code: Code, warps: int, machine: Machine = H100) -> int:
     return max(1, min(by_registers, machine.shared // (code.shared + 1024), machine.warps // warps, 32))
 
 
-def predict(code: Code, trace: Trace, grid: tuple[int, ...], sizes: dict[str, int], machine: Machine = H100) -> Prediction:
+def predict(
+    code: Code, trace: Trace, grid: tuple[int, ...], sizes: dict[str, int], machine: Machine = H100
+) -> Prediction:
     """Predict the time of a launch; ``sizes`` are the bytes of its tensors by parameter."""
     blocks = math.prod(grid)
     room = occupancy(code, trace.warps, machine)
@@ -247,7 +249,9 @@ def _product(one: Instruction, step: _Step, machine: Machine) -> _Step:
     return step
 
 
-def _resources(code: Code, trace: Trace, steps: list[_Step], blocks: int, machine: Machine) -> dict[str, float]:
+def _resources(
+    code: Code, trace: Trace, steps: list[_Step], blocks: int, machine: Machine
+) -> dict[str, float]:
     """Seconds of each resource of the multiprocessors, if all of them share the work evenly."""
     totals = dict.fromkeys(("issue", "integer", "float", "slow", "tensor", "shared", "memory"), 0.0)
     for step, executed in zip(steps, trace.executed):
@@ -268,16 +272,22 @@ def _resources(code: Code, trace: Trace, steps: list[_Step], blocks: int, machin
 class _Simulation:
     """The blocks of one multiprocessor."""
 
-    def __init__(self, steps: list[_Step], path: list[int], warps: int, busy: int, share: float, machine: Machine) -> None:
+    def __init__(
+        self, steps: list[_Step], path: list[int], warps: int, busy: int, share: float, machine: Machine
+    ) -> None:
         self.warps, self.machine = warps, machine
-        self.names = {name: i for i, name in enumerate(sorted({r for s in steps for r in (*s.sources, *s.results)}))}
+        self.names = {
+            name: i for i, name in enumerate(sorted({r for s in steps for r in (*s.sources, *s.results)}))
+        }
         plain = [self._numbered(step) for step in steps]
         self.path = [plain[i] for i in path]
         per_clock = busy * machine.clock
         self.l2_clocks = SECTOR / min(machine.port, machine.l2 / per_clock)
         self.dram_clocks = SECTOR * share / (machine.dram / per_clock)
         # Most loads of a kernel that streams wait for DRAM, most of one that lives in L2 do not.
-        self.memory_latency = machine.l2_latency + (machine.dram_latency - machine.l2_latency) * min(1.0, 2 * share)
+        self.memory_latency = machine.l2_latency + (machine.dram_latency - machine.l2_latency) * min(
+            1.0, 2 * share
+        )
         self.schedulers = [0.0] * 4
         self.pipes = [[0.0] * 4 for _ in _PIPES]
         self.shared_free = self.l2_free = self.dram_free = 0.0
@@ -288,7 +298,18 @@ class _Simulation:
         results = tuple(self.names[r] for r in step.results)
         pipe = _PIPES.index(step.pipe) if step.pipe in _PIPES else -1
         kind = _KINDS.index(step.kind)
-        return sources, results, kind, pipe, step.clocks, step.latency, step.shared, step.sectors, step.misses, step.groups
+        return (
+            sources,
+            results,
+            kind,
+            pipe,
+            step.clocks,
+            step.latency,
+            step.shared,
+            step.sectors,
+            step.misses,
+            step.groups,
+        )
 
     def run(self, blocks: int, room: int) -> float:
         """Clocks until so many blocks are done, ``room`` at a time."""
@@ -411,7 +432,9 @@ class _Simulation:
 
 _PIPES = ("integer", "float", "slow", "tensor")
 _KINDS = ("plain", "shared", "load", "copy", "store", "wgmma", "BAR", "WARPGROUP", "DEPBAR", "LDGDEPBAR")
-_SHARED_ACCESS, _LOAD, _COPY, _STORE, _WGMMA, _BARRIER, _WAIT_PRODUCTS, _WAIT_COPIES, _END_COPIES = range(1, len(_KINDS))
+_SHARED_ACCESS, _LOAD, _COPY, _STORE, _WGMMA, _BARRIER, _WAIT_PRODUCTS, _WAIT_COPIES, _END_COPIES = range(
+    1, len(_KINDS)
+)
 
 MOST_EVENTS = 120_000
 """Instructions of all warps that are simulated, if the blocks are short; the others follow at the same rate."""

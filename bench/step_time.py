@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 from trgnet.kernels import operator as operator_module
 from trgnet.kernels import use_backend
+from trgnet.kernels.examples import Size
 from trgnet.kernels.launch import Launch, record_launches
 
 from .compiled import PRECISIONS
 from .launches import PHASES, TARGET, DeviceCalls, Step
-from .operators import Size
 
 
 @dataclass(frozen=True)

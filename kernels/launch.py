@@ -339,7 +339,9 @@ def _describe(
         num_warps,
         num_stages,
         tuple(grid),
-        tuple((name, _span(value) if isinstance(value, Tensor) else value) for name, value in present.items()),
+        tuple(
+            (name, _span(value) if isinstance(value, Tensor) else value) for name, value in present.items()
+        ),
     )
 
 

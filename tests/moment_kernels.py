@@ -20,7 +20,8 @@ from trgnet.kernels.launch import Launch, kernel, launch, record_launches, tl
 from trgnet.kernels.loss_gate import AVERAGES, observe
 from trgnet.kernels.moment_update import Moments, MomentTable
 
-from bench.compiled import ARCHITECTURES, Job, _compiled, _facts, _tool
+from bench.compiled import ARCHITECTURES, Job, _compiled, _facts
+from bench.sass import tool
 
 FLOAT, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -76,7 +77,7 @@ def facts(launch: Launch, arch: str) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(compiled.asm["cubin"])
-        sass = _tool("nvdisasm", "-c", str(file))
+        sass = tool("nvdisasm", "-c", str(file))
     return {
         "spilled": code.spilled,
         "registers": code.registers,

@@ -6,9 +6,9 @@ import json
 
 import numpy as np
 import pytest
-from bench import sass, sass_run
 from trgnet.kernels import operator_table
 
+from bench import sass, sass_run
 from tests.test_compiled import output_of
 
 OPERATORS = [name for name, backends in operator_table() if "triton" in backends]
@@ -60,7 +60,11 @@ def test_instructions_blocks_and_loops_are_read():
 @pytest.mark.parametrize(
     "line, results, sources",
     [
-        ("HGMMA.64x32x8.F32.TF32 R56, R24, gdesc[UR44], R56", 16, {"R24", "R27", "UR44", "UR45", "R56", "R71"}),
+        (
+            "HGMMA.64x32x8.F32.TF32 R56, R24, gdesc[UR44], R56",
+            16,
+            {"R24", "R27", "UR44", "UR45", "R56", "R71"},
+        ),
         ("HMMA.1688.F32.TF32 R92, R80, R84, RZ", 4, {"R80", "R84"}),
         ("STS.128 [R68+UR5+0x800], R80", 0, {"R68", "UR5", "R80", "R83"}),
         ("LDSM.16.M88.4 R24, [R119+UR5+0x4000]", 4, {"R119", "UR5"}),
@@ -91,7 +95,13 @@ def test_code_that_is_wrong_on_purpose(line: str, fault: str):
 
 
 @pytest.mark.parametrize(
-    "line", ["HGMMA.64x16x8.F32.TF32 R24, R76, gdesc[UR44], RZ", "LDS.128 R4, [0x13f0]", "LDS RZ, [RZ]", "STS [R2], R4"]
+    "line",
+    [
+        "HGMMA.64x16x8.F32.TF32 R24, R76, gdesc[UR44], RZ",
+        "LDS.128 R4, [0x13f0]",
+        "LDS RZ, [RZ]",
+        "STS [R2], R4",
+    ],
 )
 def test_code_that_is_right(line: str):
     assert sass.faults(sass.parse(f"        /*0000*/                   {line} ;", shared=4096)) == []
