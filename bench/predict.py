@@ -200,7 +200,8 @@ def step_rows(precision: str, size: Size = SIZE) -> list[StepRow]:
     phases = record_step(precision, size).values()
     alike: dict[Any, list[Launch]] = {}
     for launch in (launch for phase in phases for launch in phase.launches):
-        alike.setdefault((launch.compilation, launch.grid), []).append(launch)
+        tensors = tuple(value for _, value in launch.arguments if isinstance(value, Span))
+        alike.setdefault((launch.compilation, launch.grid, tensors), []).append(launch)
     rows: dict[tuple[str, str], list[float]] = {}
     for launches in alike.values():
         # Layers differ in their dilation only: one stands for all.

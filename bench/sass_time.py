@@ -1,9 +1,10 @@
 """Predicts how long a kernel takes on an H100, from its machine code and a trace of its execution.
 
-One multiprocessor is simulated, instruction by instruction: its resident blocks, four schedulers, register dependencies,
-barriers, the pipes of the arithmetic units, tensor cores, shared memory with bank conflicts, and its share of the bandwidth
-of L2 and DRAM, behind which loads wait. All other multiprocessors do the same. The numbers of :class:`Machine` are the
-published ones of the H100 SXM where there are such, and fitted to measured times elsewhere (:mod:`bench.predict`).
+One multiprocessor is simulated, instruction by instruction. It has resident blocks, four schedulers, register dependencies,
+barriers, arithmetic pipes, tensor cores, and shared memory with bank conflicts. Loads wait for its share of the bandwidth of
+L2 and DRAM. All other multiprocessors are taken to do the same. Sizes and rates of :class:`Machine` are the published ones
+of the H100 SXM; latencies are those of microbenchmarks, DRAM's rate is fitted to measured kernels (:mod:`bench.predict`).
+Not modelled: instruction caches, the order in which blocks reach L2, and what other kernels leave in it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class Machine:
     l2_capacity: float = 50e6
     dram: float = 3.15e12
     """Bytes per second, read and written."""
+    copy: float = 2.94e12
+    """The same of a copy in PyTorch, as measured: what floors are computed with."""
     l2: float = 5.5e12
     port: float = 64.0
     """Bytes per clock between a multiprocessor and L2."""
@@ -40,21 +43,21 @@ class Machine:
     l2_latency: float = 280.0
     l1: float = 256 * 1024
     """Bytes of L1 and shared memory together."""
+    least: float = 2.0
+    """Sectors that L2 could move in the time of one that is alone in its 128-byte line."""
     line: float = 1.0
     """Clocks for each 128-byte line of an access."""
     l1_latency: float = 38.0
     shared_latency: float = 30.0
     alu_latency: float = 5.0
     slow_latency: float = 22.0
-    tensor_latency: float = 34.0
+    tensor_latency: float = 26.0
     wgmma_latency: float = 60.0
     barrier_latency: float = 25.0
     issue: float = 1.0
     """Clocks between two instructions of a scheduler."""
     dependent: float = 1.0
     """Further clocks between two instructions of one warp."""
-    fetch: float = 0.0
-    """Clocks for every instruction that was not executed shortly before, to fetch it."""
     stagger: float = 60.0
     """Clocks between the starts of two blocks of a multiprocessor."""
     turnover: float = 200.0
@@ -86,7 +89,7 @@ class Prediction:
 
     seconds: float
     floor: float
-    """Seconds that DRAM needs for the bytes of its arguments that it touches, each once."""
+    """Seconds that a copy of the bytes of its arguments that it touches would take, each once."""
     resources: dict[str, float]
     occupancy: int
     """Blocks of one multiprocessor at a time."""
@@ -148,7 +151,7 @@ def predict(
     blocks = math.prod(grid)
     room = occupancy(code, trace.warps, machine)
     unique = _unique_bytes(trace, blocks, sizes)
-    by_instruction = _l2_sectors(code, trace, _l1_hits(code, trace, room, machine))
+    by_instruction = _l2_sectors(code, trace, _l1_hits(code, trace, room, machine), machine)
     steps = _steps(code, trace, by_instruction, machine)
     moved = sum(by_instruction.values()) / trace.blocks * SECTOR * blocks
     # What fits into L2 is there from the kernel before, or stays for the next one.
@@ -158,11 +161,11 @@ def predict(
     simulation = _Simulation(steps, trace.path, trace.warps, busy, share, machine)
     clocks = simulation.run(-(-blocks // machine.multiprocessors), room)
     seconds = clocks / machine.clock
-    resources = _resources(code, trace, steps, blocks, machine)
+    resources = _resources(trace, steps, blocks, machine)
     resources["l2"] = moved / machine.l2
     resources["dram"] = missing / machine.dram
     seconds = max(seconds, resources["dram"], resources["l2"])
-    return Prediction(seconds + machine.start, unique / machine.dram, resources, room, blocks)
+    return Prediction(seconds + machine.start, unique / machine.copy, resources, room, blocks)
 
 
 def _unique_bytes(trace: Trace, blocks: int, sizes: dict[str, int]) -> float:
@@ -174,18 +177,19 @@ def _l1_hits(code: Code, trace: Trace, room: int, machine: Machine) -> float:
     """Share of the repeated accesses of a block that L1 still has."""
     taken = room * (code.shared + 1024) if code.shared else 0
     left = machine.l1 - min(size for size in _CARVEOUTS if size >= min(taken, _CARVEOUTS[-1]))
-    # About half of what a block touches lies between two uses of the same sector.
-    between = 0.5 * SECTOR * sum(mean for (_, kind), mean in trace.touched.items() if kind == "load")
+    # About two thirds of what a block touches lies between two uses of the same sector.
+    between = 0.65 * SECTOR * sum(mean for (_, kind), mean in trace.touched.items() if kind == "load")
     return min(1.0, left / max(1.0, between)) ** 2
 
 
-def _l2_sectors(code: Code, trace: Trace, hits: float) -> dict[int, float]:
-    """Sectors that pass between L1 and L2, by the number of the instruction, for all sampled blocks."""
+def _l2_sectors(code: Code, trace: Trace, hits: float, machine: Machine) -> dict[int, float]:
+    """Sectors that L2 moves, by the number of the instruction, for all sampled blocks; scattered ones count more."""
     moved = {}
     for i, access in trace.accesses.items():
         one = code.instructions[i]
         cached = one.opcode in _GLOBAL_LOADS and "BYPASS" not in one.modifiers
-        moved[i] = access.first + (access.sectors - access.first) * (1 - hits) if cached else access.sectors
+        share = (access.first + (access.sectors - access.first) * (1 - hits)) / max(1, access.sectors)
+        moved[i] = max(access.sectors, access.lines * machine.least) * (share if cached else 1.0)
     return moved
 
 
@@ -203,7 +207,7 @@ def _step(one: Instruction, trace: Trace, i: int, moved: float, machine: Machine
         return _product(one, step, machine)
     if opcode in _GLOBAL_LOADS:
         step.kind = "copy" if opcode == "LDGSTS" else "load"
-        step.sectors, step.misses = moved / warps, moved / max(1, access.sectors) if access else 0.0
+        step.sectors, step.misses = moved / warps, min(1.0, moved / max(1, access.sectors)) if access else 0.0
         step.pipe, step.clocks = "memory", _line_clocks(access, machine) / warps if access else 1.0
         step.shared = access.cycles / warps if access and opcode == "LDGSTS" else 0.0
     elif opcode in _GLOBAL_STORES:
@@ -249,9 +253,7 @@ def _product(one: Instruction, step: _Step, machine: Machine) -> _Step:
     return step
 
 
-def _resources(
-    code: Code, trace: Trace, steps: list[_Step], blocks: int, machine: Machine
-) -> dict[str, float]:
+def _resources(trace: Trace, steps: list[_Step], blocks: int, machine: Machine) -> dict[str, float]:
     """Seconds of each resource of the multiprocessors, if all of them share the work evenly."""
     totals = dict.fromkeys(("issue", "integer", "float", "slow", "tensor", "shared", "memory"), 0.0)
     for step, executed in zip(steps, trace.executed):
@@ -285,9 +287,8 @@ class _Simulation:
         self.l2_clocks = SECTOR / min(machine.port, machine.l2 / per_clock)
         self.dram_clocks = SECTOR * share / (machine.dram / per_clock)
         # Most loads of a kernel that streams wait for DRAM, most of one that lives in L2 do not.
-        self.memory_latency = machine.l2_latency + (machine.dram_latency - machine.l2_latency) * min(
-            1.0, 2 * share
-        )
+        from_dram = min(1.0, 2 * share)
+        self.memory_latency = machine.l2_latency * (1 - from_dram) + machine.dram_latency * from_dram
         self.schedulers = [0.0] * 4
         self.pipes = [[0.0] * 4 for _ in _PIPES]
         self.shared_free = self.l2_free = self.dram_free = 0.0
