@@ -26,6 +26,7 @@ provider; their ceilings are measured in the same run. Memory is what torch's al
 exists before. Compare rows of one run, not of two: the ratio is what holds on another machine. Where other work shares the
 cores, set ``OMP_NUM_THREADS=1``: threads that wait for a taken core would be all there is to see.
 
-Four more commands: :mod:`bench.gpu` checks and times everything on a GPU within nine minutes; ``python -m bench.launches``,
-``python -m bench.host`` and ``python -m bench.compiled`` measure without a device.
+Five more commands: :mod:`bench.gpu` checks and times everything on a GPU within nine minutes; ``python -m bench.launches``,
+``python -m bench.host`` and ``python -m bench.compiled`` measure without a device; ``python -m bench.predict`` predicts
+times on an H100.
 """

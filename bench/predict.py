@@ -9,11 +9,14 @@
     python -m bench.predict --store                           # renew the stored predictions, where that is meant
     python -m bench.predict --measured FILE                   # beside measured times, as those in bench/predictions
 
-Kernels are recorded with what they are launched with, compiled for sm_90, and their machine code is run and simulated:
-its integer part is executed for some blocks of the grid (:mod:`bench.sass_run`), which gives loops, addresses, masks,
-sectors of memory and bank conflicts exactly; one multiprocessor is then simulated (:mod:`bench.sass_time`). Nothing depends
-on the names of kernels. What is printed are predictions, not measurements: the header says how far off they are for kernels
-that were measured.
+Kernels are recorded with their arguments and compiled for sm_90. The integer part of their machine code is executed for
+some blocks of the grid (:mod:`bench.sass_run`): that gives loops, addresses, masks, sectors of memory and bank conflicts.
+Then one multiprocessor is simulated (:mod:`bench.sass_time`). Nothing depends on the names of kernels, so that a new one
+needs no entry; contents of integer tensors are in :func:`integers`. The times of torch's own calls in the training step
+are estimates from their bytes and FLOPs (:mod:`bench.step_time`).
+
+What is printed are predictions, not measurements. The header says how far off they are for kernels that were measured, by
+the last run of --measured at the code that was measured.
 """
 
 from __future__ import annotations
@@ -339,62 +342,21 @@ def print_step(precision: str, rows: list[StepRow], console: Console, most: int 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    names = [name for name in triton_operators() if name not in IN_PLACE]
-    parser = argparse.ArgumentParser(prog="python -m bench.predict", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--operator", action="append", choices=names, help="only these, and no training step")
-    parser.add_argument("--step", action="store_true", help="only the training step")
-    parser.add_argument("--precision", action="append", choices=PRECISIONS, help="default: all")
-    parser.add_argument("--json", type=Path, help="also write the records into this file")
-    parser.add_argument("--against", type=Path, help="records of --json to compare with")
-    parser.add_argument("--check", action="store_true", help="exit code 1 if a kernel is slower than stored")
-    parser.add_argument(
-        "--store", action="store_true", help="renew the stored predictions that --check compares with"
-    )
-    parser.add_argument(
-        "--measured", type=Path, help="compare the step's kernels with measured times in this file"
-    )
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: one for each core")
-    options = parser.parse_args(arguments)
-    if interpreted():
-        parser.error("TRITON_INTERPRET is set: nothing would be compiled; unset it")
-    import triton
-
-    if options.check and stored()["triton"] != triton.__version__:
-        parser.error(f"predictions are stored for triton {stored()['triton']}, this is {triton.__version__}")
-    only_step = options.step or options.measured
-    precisions = options.precision or PRECISIONS
-    jobs: list[tuple[str | None, str]] = (
-        [] if options.operator else [(None, precision) for precision in precisions]
-    )
-    if not only_step:
-        jobs += [(name, precision) for name in options.operator or names for precision in precisions]
-    rows, step = predict_all(jobs, options.processes)
-
+    options = _options(arguments)
+    rows, step = predict_all(_jobs(options), options.processes)
     console = Console(width=260)
-    console.print(f"PREDICTIONS for an H100, not measurements. triton {triton.__version__}, {date.today()}")
-    measured = json.loads(MEASURED.read_text())
-    console.print(f"Calibrated with {measured['machine']}, {measured['date']}: {measured['fit']}.")
+    _print_header(console)
     if rows:
         print_table(rows, console, totals(_records(options.against)) if options.against else {})
-    for precision in precisions if step else ():
+    for precision in options.precision if step else ():
         print_step(precision, [row for row in step if row.precision == precision], console)
     if options.json:
-        found = {
-            "triton": triton.__version__,
-            "kernels": [asdict(r) for r in rows],
-            "step": [asdict(r) for r in step],
-        }
+        found = {"kernels": [asdict(row) for row in rows], "step": [asdict(row) for row in step]}
         options.json.write_text(json.dumps(found, indent=1))
     if options.measured:
-        compared = fit(step, json.loads(options.measured.read_text()))
-        for name, ratio in compared.ratios.items():
-            console.print(f"{name}: {ratio:.2f}")
-        console.print(str(compared))
+        _print_fit(fit(step, json.loads(options.measured.read_text())), console)
     if options.store:
-        kept = {} if options.operator is None and options.precision is None else stored()["microseconds"]
-        kept |= {key: round(us, 3) for key, us in totals(rows).items()}
-        text = {"triton": triton.__version__, "microseconds": dict(sorted(kept.items()))}
-        STORED.write_text(json.dumps(text, indent=1) + "\n")
+        _store(rows)
     faults = [f"{row.kernel}, {row.precision}: {fault}" for row in rows for fault in row.faults]
     if options.check:
         worse, better = changes(rows, stored()["microseconds"])
@@ -404,6 +366,72 @@ def main(arguments: list[str] | None = None) -> int:
     for fault in faults:
         console.print(fault, style="red")
     return int(bool(faults))
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.predict", description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--operator", action="append", choices=_operators(), help="only these, and no training step")
+    add("--step", action="store_true", help="only the training step")
+    add("--precision", action="append", choices=PRECISIONS, help="default: all")
+    add("--json", type=Path, help="also write the records into this file")
+    add("--against", type=Path, help="records of --json to compare operators with")
+    add("--check", action="store_true", help="exit code 1 if a kernel is slower than stored")
+    add("--store", action="store_true", help="renew the stored predictions that --check compares with")
+    add("--measured", type=Path, help="compare the step's kernels with the measured times in this file")
+    add("--processes", type=int, default=os.cpu_count(), help="default: one for each core")
+    options = parser.parse_args(arguments)
+    if interpreted():
+        parser.error("TRITON_INTERPRET is set: nothing would be compiled; unset it")
+    options.step = options.step or options.measured is not None
+    if options.step and (options.operator or options.store or options.check or options.against):
+        parser.error(
+            "--step and --measured are about the step: leave out --operator, --against, --store and --check"
+        )
+    import triton
+
+    if options.check and stored()["triton"] != triton.__version__:
+        parser.error(f"predictions are stored for triton {stored()['triton']}, this is {triton.__version__}")
+    options.precision = options.precision or list(PRECISIONS)
+    return options
+
+
+def _operators() -> list[str]:
+    return [name for name in triton_operators() if name not in IN_PLACE]
+
+
+def _jobs(options: argparse.Namespace) -> list[tuple[str | None, str]]:
+    """(operator, precision); the step, which takes longest, begins first."""
+    names = [] if options.step else options.operator or _operators()
+    step = [] if options.operator or options.check or options.store else [None]
+    return [(name, precision) for name in (*step, *names) for precision in options.precision]
+
+
+def _print_header(console: Console) -> None:
+    import triton
+
+    measured = json.loads(MEASURED.read_text())
+    console.print(f"PREDICTIONS for an H100, not measurements. triton {triton.__version__}, {date.today()}")
+    console.print(f"Calibrated with {measured['machine']}, {measured['date']}: {measured['fit']}.")
+
+
+def _print_fit(compared: Fit, console: Console) -> None:
+    console.print("Predicted / measured:")
+    for name, ratio in compared.ratios.items():
+        console.print(f"  {ratio:.2f} {name}")
+    console.print(str(compared))
+
+
+def _store(rows: list[Row]) -> None:
+    """Renew the stored predictions of these kernels; those of operators and precisions that were left out stay."""
+    import triton
+
+    renewed = {(row.operator, row.precision) for row in rows}
+    others = stored()["microseconds"] if stored()["triton"] == triton.__version__ else {}
+    kept = {key: us for key, us in others.items() if tuple(key.split()[:2]) not in renewed}
+    kept |= {key: round(us, 3) for key, us in totals(rows).items()}
+    text = {"triton": triton.__version__, "microseconds": dict(sorted(kept.items()))}
+    STORED.write_text(json.dumps(text, indent=1) + "\n")
 
 
 def stored() -> dict[str, Any]:
