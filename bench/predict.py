@@ -177,7 +177,7 @@ def operator_rows(operator: str, precision: str, size: Size = SIZE) -> list[Row]
     """Predict what forward and backward of an operator launch, in order; equal launches are one row."""
     counts: dict[Any, int] = {}
     rows: dict[Any, Row] = {}
-    for launch in compiled.recorded(Job(operator, precision, ARCHITECTURE), size):
+    for launch in compiled.recorded(Job(operator, precision, ARCHITECTURE, size)):
         known = launch.compilation, launch.grid, launch.arguments
         counts[known] = counts.get(known, 0) + 1
         rows[known] = predict(operator, precision, launch, size)

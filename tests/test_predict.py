@@ -68,8 +68,8 @@ def test_calls_of_torch_take_the_longest_of_memory_arithmetic_and_sums():
 
 
 def test_launches_are_recorded_with_their_grid_and_memory():
-    job = compiled.Job("segment_mean", "bfloat16", "sm_90")
-    first, _ = compiled.recorded(job, Size(n=4, t=160, segments=8))
+    job = compiled.Job("segment_mean", "bfloat16", "sm_90", Size(n=4, t=160, segments=8))
+    first, _ = compiled.recorded(job)
     memory = dict(first.arguments)
     assert first.grid == (8, 4)
     assert memory["x_ptr"] == Span(torch.bfloat16, 4 * 64 * 160) and memory["start_ptr"] == Span(
