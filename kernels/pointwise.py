@@ -211,9 +211,7 @@ def _pointwise_weight_kernel(
 
 def has_own_products(x: Tensor) -> bool:
     """Whether products of tensors like x run on these kernels where there is a choice, and not on torch's."""
-    # Dynamo cannot trace the question for the precision; compiled code takes the kernels for tf32 too.
-    exact = torch.compiler.is_compiling() or exact_float32()
-    return x.dtype == torch.float32 and exact and target_of(x).backend != "hip"
+    return x.dtype == torch.float32 and exact_float32() and target_of(x).backend != "hip"
 
 
 def unsupported_frames(x: Tensor, *_: object) -> str | None:
@@ -266,26 +264,28 @@ def launch_pointwise(
     return y, parts
 
 
-def launch_pointwise_weight(grad: Tensor, x: Tensor, sums: bool) -> Tensor:
-    """Return grad x^T for S parts of the frames, (S, B, F * C), with ``sums`` followed by those of the rows of grad, (F,).
+def launch_pointwise_weight(grad: Tensor, x: Tensor, matrices: int, sums: bool) -> Tensor:
+    """Return grad x^T for each of M matrices, (M, F * C), with ``sums`` followed by those of the rows of grad, (F,).
 
-    In float32.
+    In float32, added up over the parts of the frames in a fixed order.
     """
     (batch, features, t), channels = grad.shape, x.shape[1]
+    length = features * (channels + sums)
+    if not launchable(x):
+        return x.new_empty(matrices, length, dtype=torch.float32)
     # Rows first: a product on tensor cores splits its first operand in registers, the second one in shared memory.
     tile = {"BR": min(128, power_of_two(features, 64)), "BC": min(64, power_of_two(channels, 16)), "BT": 32}
     align = unit(t)
     nr, nc, nt = cdiv(features, tile["BR"]), cdiv(channels, tile["BC"]), cdiv(t, tile["BT"])
     steps = cdiv(nt, cdiv(PROGRAMS, max(1, batch * nr * nc)))
     ns = cdiv(nt, max(1, steps))
-    out = x.new_empty(ns, batch, features * (channels + sums), dtype=torch.float32)
-    if launchable(x):
-        launch(
-            _pointwise_weight_kernel, (batch * ns * nr * nc,), rows(grad), rows(x), out, batch, features, channels,
-            t // align, steps, ns, nr, nc, out.shape[2], SUMS=sums, UNIT=align, PRECISION=dot_precision(x),
-            num_warps=8 if tile["BR"] == 128 or target_of(x) != Target("cuda", 90) else 4, num_stages=3, **tile,
-        )  # fmt: skip
-    return out
+    parts = x.new_empty(ns, batch, length, dtype=torch.float32)
+    launch(
+        _pointwise_weight_kernel, (batch * ns * nr * nc,), rows(grad), rows(x), parts, batch, features, channels,
+        t // align, steps, ns, nr, nc, length, SUMS=sums, UNIT=align, PRECISION=dot_precision(x),
+        num_warps=8 if tile["BR"] == 128 or target_of(x) != Target("cuda", 90) else 4, num_stages=3, **tile,
+    )  # fmt: skip
+    return parts.view(ns, batch // matrices, matrices, length).sum((0, 1))
 
 
 def product(weight: Tensor, x: Tensor) -> Tensor:
@@ -299,7 +299,7 @@ def product_gradients(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient of ``weight`` in :func:`product`, (F, C), and the sums of the rows of grad, (F,); both float32."""
     if has_own_products(x):
         features, channels = grad.shape[1], x.shape[1]
-        total = launch_pointwise_weight(grad, x, True).sum((0, 1))
+        total = launch_pointwise_weight(grad, x, 1, True).squeeze(0)
         return total[: features * channels].view(features, channels), total[features * channels :]
     return torch.bmm(grad, x.mT).sum(0, dtype=torch.float32), grad.sum((0, 2), dtype=torch.float32)
 
@@ -316,8 +316,7 @@ def _backward(
     if needed[0]:
         grad_x, _ = launch_pointwise(grad, weight.mT, None)
     if needed[1] or needed[2]:
-        parts = launch_pointwise_weight(grad, x, bias is not None)
-        of_parameters = parts.unflatten(1, (-1, len(weight))).sum((0, 1))
+        of_parameters = launch_pointwise_weight(grad, x, len(weight), bias is not None)
     return grad_x, of_parameters
 
 
@@ -373,4 +372,5 @@ def pointwise_conv(
         raise ValueError(
             f"pointwise_conv: there are {sizes['M']} matrices for {sizes['B']} sequences; expected a divisor of that"
         )
-    return OPERATOR(x, weight, bias, backend=backend)
+    # Compiled code leaves the product to Inductor: Dynamo would compile the operator anew for each number of frames.
+    return OPERATOR(x, weight, bias, backend="reference" if torch.compiler.is_compiling() else backend)

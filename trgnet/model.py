@@ -149,7 +149,7 @@ class SpatialModule(nn.Module):
         )
         return self.norm(z, mask, residual=y, statistics=statistics)[0]
 
-    def _value_and_frame_relations(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _value_and_frame_relations(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """Value and the two frame-level relations in one product, (N, F + 2, V, T), and the bias that it lacks, if any.
 
         The frame level uses the mean over the relation channels, and the mean of 1x1 convolutions is one row.
@@ -158,13 +158,13 @@ class SpatialModule(nn.Module):
         weight = torch.cat([layers[0].weight, *(layer.weight.mean(0, True) for layer in layers[1:])])
         bias = torch.cat([layers[0].bias, *(layer.bias.mean(0, True) for layer in layers[1:])])
         # The product's kernels add the bias for nothing; torch would write it everywhere first.
-        within = (
-            bias
-            if operator("pointwise_conv").choose((y.flatten(2), weight, bias), None) == "triton"
-            else None
+        rows = y.flatten(2)
+        own = (
+            not torch.compiler.is_compiling()
+            and operator("pointwise_conv").choose((rows, weight, bias), None) == "triton"
         )
-        value = pointwise_conv(y.flatten(2), weight, within).unflatten(2, y.shape[2:])
-        return value, bias if within is None else None
+        value = pointwise_conv(rows, weight, bias if own else None).unflatten(2, y.shape[2:])
+        return value, None if own else bias
 
     def _graph(self, total: Tensor, mask: Tensor, joint_graph: Tensor) -> Tensor:
         """Channel-level graph (N, F, V, V) plus twice the joint graph: both levels start from it.
