@@ -150,21 +150,16 @@ class _Run:
             self.constants[at : at + size] = np.frombuffer(raw, np.uint8)
             at += size
 
-    # Control flow: groups of threads by the instruction that they are at; the group that is furthest behind runs.
+    # Control flow: threads that are at the same instruction are a group, with registers of its own: what one path loads
+    # must not hide what another one knows. The group that is furthest behind runs until it meets the next one.
 
     def run(self) -> Trace:
-        waiting: list[tuple[int, np.ndarray]] = [(0, self.true.copy())]
+        waiting: list[tuple[int, np.ndarray, dict[str, Value]]] = [(0, self.true.copy(), {})]
         steps, instructions = 0, self.code.instructions
-        first = True
         while waiting:
-            waiting.sort(key=lambda group: -group[0])
-            at, mask = waiting.pop()
-            while waiting and waiting[-1][0] == at:
-                mask = mask | waiting.pop()[1]
+            at, mask = self._next_group(waiting)
             until = waiting[-1][0] if waiting else len(instructions)
-            full = bool(mask.all())
-            self.mask = None if full else mask
-            warps = self.trace.blocks * self.warps if full else int(mask.reshape(-1, WARP).any(1).sum())
+            warps = int(mask.reshape(-1, WARP).any(1).sum())
             first = bool(mask[:WARP].any())
             while True:
                 one = instructions[at]
@@ -175,7 +170,9 @@ class _Run:
                 if first:
                     self.trace.path.append(at)
                 if one.opcode in ("BRA", "EXIT", "RET", "CALL"):
-                    waiting += self._branch(at, one, mask)
+                    waiting += [
+                        (to, threads, dict(self.registers)) for to, threads in self._branch(at, one, mask)
+                    ]
                     break
                 action = self.decoded[at]
                 if action is None:
@@ -183,10 +180,24 @@ class _Run:
                 action()
                 at += 1
                 if at >= until:
-                    waiting.append((at, mask))
+                    waiting.append((at, mask, self.registers))
                     break
         self._count_touched()
         return self.trace
+
+    def _next_group(self, waiting: list[tuple[int, np.ndarray, dict[str, Value]]]) -> tuple[int, np.ndarray]:
+        """Take the groups that are furthest behind, all of them at one instruction, and make them one."""
+        waiting.sort(key=lambda group: -group[0])
+        at, mask, registers = waiting.pop()
+        while waiting and waiting[-1][0] == at:
+            _, others, theirs = waiting.pop()
+            for name in registers.keys() | theirs.keys():
+                mine, other = registers.get(name), theirs.get(name)
+                if mine is not other:
+                    registers[name] = _apply(np.where, mask, mine, other)
+            mask = mask | others
+        self.registers, self.mask = registers, None if mask.all() else mask
+        return at, mask
 
     def _branch(self, at: int, one: Instruction, mask: np.ndarray) -> list[tuple[int, np.ndarray]]:
         condition = self.true if one.guard is None else self.predicate(one.guard)
@@ -234,8 +245,7 @@ class _Run:
             if match.group(2) == "Z":
                 return lambda: self.zero
             name = match.group(1) + match.group(2)
-            registers = self.registers
-            return lambda: registers.get(name)
+            return lambda: self.registers.get(name)
         if match := re.fullmatch(r"c\[0x0\]\[(0x[0-9a-f]+)\]", operand):
             number = self.constants[int(match.group(1), 16) :][:4].view(U32)[0]
             return self._same(number)
@@ -270,16 +280,11 @@ class _Run:
         return ~value if operand.startswith("!") and value is not None else value
 
     def write(self, name: str, value: Value, guard: str | None) -> None:
-        """Store a result where the guard holds and the threads are active."""
+        """Store a result where the guard holds."""
         if name in ("RZ", "URZ", "PT", "UPT"):
             return
-        old = self.registers.get(name)
         if guard is not None:
-            condition = self.predicate(guard)
-            value = self._merged(value, old, condition)
-        if self.mask is not None and value is not None and old is not None:
-            value = np.where(self.mask, value, old)
-        # Other threads have nothing that counts in a register without a value.
+            value = self._merged(value, self.registers.get(name), self.predicate(guard))
         self.registers[name] = value
 
     def _merged(self, value: Value, old: Value, condition: Value) -> Value:
@@ -574,16 +579,21 @@ def _mov(run: _Run, one: Instruction) -> Callable[[], None]:
 
 def _constant(run: _Run, one: Instruction) -> Callable[[], None] | None:
     result, place = one.operands
-    match = re.fullmatch(r"c\[0x0\]\[(0x[0-9a-f]+)\]", place)
-    if match is None:
+    match = re.fullmatch(r"c\[0x0\]\[(?:(U?R\d+)\+?)?(0x[0-9a-f]+)?\]", place)
+    if match is None or one.width < 4:
         return None
-    offset = int(match.group(1), 16)
-    words = [
-        run._same(run.constants[offset + 4 * i :][:4].view(U32)[0]) for i in range(max(1, one.width // 4))
-    ]
-    if one.width < 4:
-        return None
-    return lambda: [run.write(_next(result, i), word(), one.guard) for i, word in enumerate(words)]
+    register, offset = match.group(1), int(match.group(2) or "0", 16)
+    words = run.constants.view(U32)
+
+    def load() -> None:
+        base = run.zero if register is None else run.value(register)
+        for i in range(one.width // 4):
+            value = _apply(
+                lambda b, at: words[(b + at) // U32(4) % U32(len(words))], base, U32(offset + 4 * i)
+            )
+            run.write(_next(result, i), value, one.guard)
+
+    return load
 
 
 def _special(run: _Run, one: Instruction) -> Callable[[], None]:

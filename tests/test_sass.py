@@ -151,6 +151,41 @@ def test_an_unknown_address_is_an_error_that_says_what_to_give():
         run(code)
 
 
+def test_paths_of_a_branch_keep_registers_of_their_own():
+    """One block loads what the others compute: neither may hide the other's value."""
+    code = sass.parse(
+        """
+        /*0000*/                   S2R R0, SR_CTAID.X ;
+        /*0010*/                   ULDC.64 UR6, c[0x0][0x210] ;
+        /*0020*/                   MOV R6, UR6 ;
+        /*0030*/                   MOV R7, UR7 ;
+        /*0040*/                   IMAD.SHL.U32 R2, R0, 0x4, RZ ;
+        /*0050*/                   ISETP.NE.AND P0, PT, R0, RZ, PT ;
+        /*0060*/               @P0 BRA `(.L_x_0) ;
+        /*0070*/                   LDG.E R2, desc[UR8][R6.64] ;
+        /*0080*/                   EXIT ;
+.L_x_0:
+        /*0090*/                   IMAD.WIDE.U32 R4, R2, 0x8, R6 ;
+        /*00a0*/                   STG.E desc[UR8][R4.64], R2 ;
+        /*00b0*/                   EXIT ;
+"""
+    )
+    trace = run(code)
+    assert trace.faults == [] and trace.executed[7] == 1 and trace.executed[10] == 2
+    assert trace.touched == {("x_ptr", "load"): 1 / 3, ("x_ptr", "store"): 2 / 3}
+
+
+@pytest.mark.parametrize("place", ["c[0x0][0x218]", "c[0x0][R5+0x218]", "c[0x0][R5+0x210]"])
+def test_parameters_are_read_at_places_that_registers_say(place: str):
+    index = "0x8" if place.endswith("0x210]") else "RZ"
+    text = LOOP.replace("ULDC UR4, c[0x0][0x218]", f"LDC R9, {place}").replace("R5, UR4, PT", "R5, R9, PT")
+    text = text.replace(
+        "S2R R0, SR_TID.X", f"S2R R0, SR_TID.X ;\n        /*0018*/                   MOV R5, {index}"
+    )
+    trace = run(sass.parse(text.replace("STRIDE", "0x2"), shared=4096))
+    assert trace.executed[10] == 3 * 5
+
+
 def test_a_loop_without_end_is_an_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sass_run, "MOST_STEPS", 1000)
     with pytest.raises(sass_run.UnknownValue, match="no end after"):
