@@ -224,8 +224,8 @@ def unsupported_frames(x: Tensor, *_: object) -> str | None:
 def _tile(x: Tensor, features: int) -> dict[str, int]:
     """Tile of a product. A warpgroup of Hopper has 64 frames at a time and all ``BR`` rows, at least 16."""
     target = target_of(x)
-    # Before Blackwell the first operand is in registers, with both of its parts.
-    narrow = x.dtype == torch.float32 and target.backend == "cuda" and target.arch < 100
+    # Blackwell alone has the first operand of a product in tensor memory, the others in registers.
+    narrow = x.dtype == torch.float32 and (target.backend != "cuda" or target.arch < 100)
     aligned = unit(x.shape[2]) > 1
     return {
         "BR": min(128 if aligned else 64, power_of_two(features, 16)),
