@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 SHARED_BASE = 0x400
 """Shared memory of a block begins here on Hopper: the system keeps what is below."""
@@ -32,7 +33,7 @@ _PREDICATE = re.compile(r"!?U?P[T\d]\b")
 _REGISTER = re.compile(r"\b(UR|R)(\d+|Z)\b")
 _ENDS = {"EXIT", "RET"}
 _NO_RESULT = {
-    "STG", "STS", "STSM", "STL", "ST", "RED", "BRA", "EXIT", "RET", "CALL", "NOP", "BAR", "BSSY", "BSYNC", "WARPGROUP", "FENCE", "MEMBAR",
+    "STG", "STS", "STSM", "STL", "ST", "RED", "BRA", "BRX", "EXIT", "RET", "CALL", "NOP", "BAR", "BSSY", "BSYNC", "WARPGROUP", "FENCE", "MEMBAR",
     "WARPSYNC", "LDGDEPBAR", "DEPBAR", "ERRBAR", "CCTL", "LDGSTS", "SYNCS", "BPT", "YIELD", "NANOSLEEP", "R2P", "BREAK",
     "ARRIVES", "UTMALDG", "UTMASTG", "UTMACMDFLUSH", "UTMACCTL", "WARPGROUPSET", "ELECT", "KILL", "PREEXIT", "ACQBULK",
 }  # fmt: skip
@@ -88,6 +89,11 @@ class Instruction:
         """Label that a branch or call goes to."""
         match = re.search(r"`\((\.L\w+)\)", " ".join(self.operands))
         return match.group(1) if match else None
+
+    @cached_property
+    def targets(self) -> tuple[str, ...]:
+        """Labels that a branch by a table goes to."""
+        return tuple(re.findall(r"\.L\w+", ",".join(self.operands))) if self.opcode == "BRX" else ()
 
     @cached_property
     def results(self) -> tuple[str, ...]:
@@ -173,6 +179,8 @@ class Code:
     """Bytes of the stack and of local memory, for a thread."""
     shared: int = 0
     """Bytes of shared memory, for a block."""
+    tables: bytes = b""
+    """Constant bank 2, which has the tables of branches."""
 
     @cached_property
     def names(self) -> list[str]:
@@ -182,7 +190,7 @@ class Code:
     @cached_property
     def blocks(self) -> list[Block]:
         """Basic blocks in order of address, with the indices of their successors."""
-        ends = {i + 1 for i, one in enumerate(self.instructions) if one.opcode in {"BRA", *_ENDS}}
+        ends = {i + 1 for i, one in enumerate(self.instructions) if one.opcode in {"BRA", "BRX", *_ENDS}}
         starts = sorted({0, *ends, *self.labels.values()} - {len(self.instructions)})
         number = {start: i for i, start in enumerate(starts)}
         blocks = [Block(start, end) for start, end in zip(starts, [*starts[1:], len(self.instructions)])]
@@ -194,8 +202,9 @@ class Code:
         one = self.instructions[i]
         if one.opcode == "BRA":
             yield self.labels[one.target]
+        yield from (self.labels[label] for label in one.targets)
         conditional = one.guard is not None or any(map(_PREDICATE.fullmatch, one.operands))
-        if one.opcode not in {"BRA", *_ENDS} or conditional:
+        if one.opcode not in {"BRA", "BRX", *_ENDS} or conditional:
             yield i + 1
 
     @cached_property
@@ -252,7 +261,7 @@ class Block:
     successors: list[int] = field(default_factory=list)
 
 
-def parse(text: str, **facts: int) -> Code:
+def parse(text: str, **facts: Any) -> Code:
     """The code in a listing of ``nvdisasm -c``; ``facts`` are further fields of :class:`Code`."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
@@ -276,8 +285,15 @@ def read(cubin: bytes, shared: int = 0) -> Code:
         file.write_bytes(cubin)
         usage = tool("cuobjdump", "-res-usage", str(file))
         listing = tool("nvdisasm", "-c", str(file))
+        tables = _constants(tool("nvdisasm", str(file))) if "c[0x2]" in listing else b""
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage).groups())
-    return parse(listing, registers=registers, stack=stack + local, shared=shared)
+    return parse(listing, registers=registers, stack=stack + local, shared=shared, tables=tables)
+
+
+def _constants(listing: str) -> bytes:
+    """The bytes of constant bank 2 in a listing with data."""
+    section = listing.partition(".nv.constant2.")[2].partition("//-----")[0]
+    return bytes(int(byte, 16) for line in re.findall(r"\.byte\s+(.*)", section) for byte in line.split(","))
 
 
 def tool(name: str, *args: str) -> str:

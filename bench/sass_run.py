@@ -169,7 +169,7 @@ class _Run:
                     raise UnknownValue(f"no end after {steps} instructions, at {one.address:#x}: {one.name}")
                 if first:
                     self.trace.path.append(at)
-                if one.opcode in ("BRA", "EXIT", "RET", "CALL"):
+                if one.opcode in ("BRA", "BRX", "EXIT", "RET", "CALL"):
                     waiting += [
                         (to, threads, dict(self.registers)) for to, threads in self._branch(at, one, mask)
                     ]
@@ -212,13 +212,19 @@ class _Run:
         groups = [(at + 1, rest)] if rest.any() else []
         if one.opcode == "EXIT" or not taken.any():
             return groups
-        if one.opcode == "RET":
-            address = self.value(one.operands[0])
-            if address is None:
-                raise UnknownValue(f"return to an unknown address at {one.address:#x}")
-            targets = {int(a) for a in np.unique(address[taken])}
-            return groups + [(self.index[a], taken & (address == a)) for a in targets]
+        if one.opcode in ("RET", "BRX"):
+            return groups + self._computed_branch(one, taken)
         return groups + [(self.code.labels[one.target], taken)]
+
+    def _computed_branch(self, one: Instruction, taken: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """RET R20: to an address; BRX R4 -0x410: so far from the next instruction."""
+        register, *offset = one.operands[0].split()[:2]
+        address = self.value(register)
+        if address is None:
+            raise UnknownValue(f"branch to an unknown address at {one.address:#06x}: {one.name}")
+        if one.opcode == "BRX":
+            address = address.view(I32) + (one.address + 16 + int(offset[0], 16))
+        return [(self.index[int(a)], taken & (address == a)) for a in np.unique(address[taken])]
 
     def _assume(self, at: int, one: Instruction) -> None:
         if one.opcode == "BRA" and self.code.labels[one.target] <= at:
@@ -579,11 +585,11 @@ def _mov(run: _Run, one: Instruction) -> Callable[[], None]:
 
 def _constant(run: _Run, one: Instruction) -> Callable[[], None] | None:
     result, place = one.operands
-    match = re.fullmatch(r"c\[0x0\]\[(?:(U?R\d+)\+?)?(0x[0-9a-f]+)?\]", place)
+    match = re.fullmatch(r"c\[0x([02])\]\[(?:(U?R\d+)\+?)?(0x[0-9a-f]+)?\]", place)
     if match is None or one.width < 4:
         return None
-    register, offset = match.group(1), int(match.group(2) or "0", 16)
-    words = run.constants.view(U32)
+    bank, register, offset = match.group(1), match.group(2), int(match.group(3) or "0", 16)
+    words = run.constants.view(U32) if bank == "0" else np.frombuffer(run.code.tables, U32)
 
     def load() -> None:
         base = run.zero if register is None else run.value(register)

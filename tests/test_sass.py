@@ -175,6 +175,25 @@ def test_paths_of_a_branch_keep_registers_of_their_own():
     assert trace.touched == {("x_ptr", "load"): 1 / 3, ("x_ptr", "store"): 2 / 3}
 
 
+def test_branches_by_a_table_go_where_it_says():
+    code = sass.parse(
+        """
+        /*0000*/                   S2R R0, SR_CTAID.X ;
+        /*0010*/                   IMAD.SHL.U32 R6, R0, 0x4, RZ ;
+        /*0020*/                   LDC R4, c[0x2][R6] ;
+        /*0030*/                   BRX R4 -0x40 (*"BRANCH_TARGETS .L_x_1,.L_x_2"*);
+.L_x_1:
+        /*0040*/                   NOP ;
+        /*0050*/                   EXIT ;
+.L_x_2:
+        /*0060*/                   EXIT ;
+""",
+        tables=b"".join(n.to_bytes(4, "little") for n in (0x60, 0x40, 0x60)),
+    )
+    assert list(run(code).executed) == [3, 3, 3, 3, 1, 1, 2]
+    assert code.blocks[0].successors == [1, 2]
+
+
 @pytest.mark.parametrize("place", ["c[0x0][0x218]", "c[0x0][R5+0x218]", "c[0x0][R5+0x210]"])
 def test_parameters_are_read_at_places_that_registers_say(place: str):
     index = "0x8" if place.endswith("0x210]") else "RZ"
