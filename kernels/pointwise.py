@@ -358,7 +358,7 @@ def pointwise_conv(
         x: Tensor (B, C, T).
         weight: Tensor (F, C), or (M, F, C) with B a multiple of M: sequence b is multiplied with matrix b mod M.
         bias: Tensor (F,), optional.
-        backend: see :mod:`trgnet.kernels.backend`.
+        backend: see :mod:`trgnet.kernels.backend`. By default, code under torch.compile multiplies with torch.
 
     Returns:
         Tensor (B, F, T).
@@ -372,5 +372,6 @@ def pointwise_conv(
         raise ValueError(
             f"pointwise_conv: there are {sizes['M']} matrices for {sizes['B']} sequences; expected a divisor of that"
         )
-    # Compiled code leaves the product to Inductor: Dynamo would compile the operator anew for each number of frames.
-    return OPERATOR(x, weight, bias, backend="reference" if torch.compiler.is_compiling() else backend)
+    if backend is None and torch.compiler.is_compiling():
+        backend = "reference"  # Inductor's product: Dynamo would compile the operator anew for each number of frames
+    return OPERATOR(x, weight, bias, backend=backend)
