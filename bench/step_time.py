@@ -6,6 +6,7 @@ with rates fitted to a profile of the step (see :mod:`bench.predict`): torch's k
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -17,8 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
-from trgnet.kernels import operator as operator_module
-from trgnet.kernels import use_backend
+from trgnet.kernels import operator_table, use_backend
 from trgnet.kernels.examples import Size
 from trgnet.kernels.launch import Launch, record_launches
 
@@ -116,9 +116,13 @@ _NARROWED_BY_AUTOCAST = {
 class _Autocast(TorchFunctionMode):
     """Torch's autocast to bfloat16 as far as products go; there is none for the meta device."""
 
+    def __init__(self, on: list[bool]) -> None:
+        super().__init__()
+        self.on = on
+
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in _NARROWED_BY_AUTOCAST:
+        if self.on[0] and func in _NARROWED_BY_AUTOCAST:
             args, kwargs = tree_map_only(
                 Tensor, lambda t: t.bfloat16() if t.dtype == torch.float32 else t, (args, kwargs)
             )
@@ -152,7 +156,18 @@ def _recording(phase: Phase, dtype: torch.dtype, name: str) -> Iterator[None]:
 
 @contextmanager
 def _autocast(dtype: torch.dtype) -> Iterator[None]:
-    names = {"_autocast_dtype": lambda device: dtype, "_autocast_state": lambda inputs: nullcontext}
-    module = __import__(operator_module.__module__, fromlist=["_"])
-    with mock.patch.multiple(module, **names), _Autocast():
+    """Autocast of operators and products in PyTorch; off inside of operators, as on a GPU."""
+    on = [True]
+
+    @contextmanager
+    def without(x: Tensor) -> Iterator[None]:
+        before, on[0] = on[0], False
+        try:
+            yield
+        finally:
+            on[0] = before
+
+    state = {"autocast_dtype": lambda device: dtype if on[0] else None, "without_autocast": without}
+    module = sys.modules[operator_table.__module__]
+    with mock.patch.multiple(module, **state, _autocast_state=lambda inputs: nullcontext), _Autocast(on):
         yield
