@@ -86,6 +86,10 @@ KERNELS = {
 VERSIONS = {"_dynamic_graph_conv_apply_kernel": 4, "_pointwise_kernel": 4}
 
 
+EXACT_ONLY = {("multiscale_graph_conv", "pointwise_weight")}
+"""Of exact float32 on NVIDIA GPUs; elsewhere torch multiplies."""
+
+
 def work(code: dict) -> Work:
     return KERNELS[code["operator"]][code["kernel"]]
 
@@ -128,7 +132,13 @@ def assert_complete(codes: dict[tuple[str, ...], dict], combinations: int) -> No
     """Every kernel of every operator is there in each precision and for each architecture, and does its work there."""
     assert len({key[2:] for key in codes}) == combinations
     kernels = {(name, kernel) for name in OPERATORS for kernel in KERNELS[name]}
-    assert set(codes) == {(*kernel, *key[2:]) for kernel in kernels for key in codes}
+    expected = {
+        (*kernel, precision, arch)
+        for kernel in kernels
+        for _, _, precision, arch in codes
+        if kernel not in EXACT_ONLY or (precision == "float32" and arch != "gfx942")
+    }
+    assert set(codes) == expected
     for code in codes.values():
         assert (code["matrix"] > 0) == work(code).matrix, code
         assert code["shared"] > 0 or not work(code).matrix, code

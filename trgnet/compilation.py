@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .data import Segments
-from .errors import UserError
+from .errors import UserError, one_line
 from .model import Output, TRGNet
-from .runs import one_line
 
 REMEDY = "set train.compile=false (leave --compile away)"
 

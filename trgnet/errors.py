@@ -42,3 +42,9 @@ def reading(what: str) -> Iterator[None]:
         # str(KeyError("x")) is "'x'": its argument is the message.
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         raise UserError(f"{what}: {message}") from error
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error, for the inside of another."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."

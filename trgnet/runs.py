@@ -37,7 +37,7 @@ from torch import Tensor
 
 from .config import Config, load_config, save_config
 from .data import Dataset, Preparation, Split
-from .errors import UserError, reading
+from .errors import UserError, one_line, reading
 from .files import PARTIAL, remove_partial, replacing, write_text
 from .model import TRGNet
 from .skeleton import Skeleton
@@ -252,9 +252,3 @@ class Run:
         """Add the record of one epoch to the log."""
         with (self / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error, for the inside of another."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]}..."

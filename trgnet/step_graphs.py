@@ -16,15 +16,17 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .config import TrainConfig
 from .data import Batch
-from .errors import DataWarning, UserError
+from .errors import DataWarning, UserError, one_line
 from .processes import Processes
-from .runs import one_line
+
+if TYPE_CHECKING:  # pydantic, which the benchmarks on a GPU do without
+    from .config import TrainConfig
 
 Terms = dict[str, Tensor]
 Step = Callable[[Batch], Terms]

@@ -68,7 +68,7 @@ from .config import (
     with_overrides,
 )
 from .data import IGNORE, Batch, Dataset, Recording, Split, augment, collate, load_dataset
-from .errors import DataWarning, UserError, did_you_mean, reading
+from .errors import DataWarning, UserError, did_you_mean, one_line, reading
 from .evaluation import Evaluation, Scores, evaluate, print_table, score_table, write_report, write_scores
 from .files import remove_partial
 from .interrupts import StopRequest, ignore_signals
@@ -78,7 +78,7 @@ from .plots import plot_curves
 from .predictor import Predictor, pick_device
 from .processes import Processes
 from .progress import TrainingProgress
-from .runs import Run, RunInfo, build_model, default_folder, one_line
+from .runs import Run, RunInfo, build_model, default_folder
 from .step_graphs import StepGraphs, graph_obstacle, uses_graphs
 
 SELECTED_BY = "refined/f1@50"
