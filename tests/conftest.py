@@ -70,15 +70,22 @@ def run_copy(trained: Result, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def only_last_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under the interpreter of every grid only the last program runs, as the last of all."""
+    """Under the interpreter of every grid only the last program runs, as the last of all; where weights are packed, all do."""
     from trgnet.kernels.launch import launch
     from triton.runtime.interpreter import interpreter_builder as builder
+
+    whole = {name: getattr(builder, name) for name in ("set_grid_dim", "set_grid_idx")}
 
     def last(*grid: int) -> None:
         monkeypatch.setattr(builder, "grid_dim", grid, raising=False)
         monkeypatch.setattr(builder, "grid_idx", tuple(size - 1 for size in grid), raising=False)
 
     def one(function: object, grid: tuple[int, ...], *args: object, **options: object) -> None:
+        if "_pack_" in function.__name__:
+            for name, setter in whole.items():
+                monkeypatch.setattr(builder, name, setter)
+            launch(function, grid, *args, **options)
+            return
         monkeypatch.setattr(builder, "set_grid_dim", lambda *_: last(*grid, *(1,) * (3 - len(grid))))
         monkeypatch.setattr(builder, "set_grid_idx", lambda *_: None)
         launch(function, (1,), *args, **options)
