@@ -55,7 +55,7 @@ class Emulation:
         """Run a kernel as :func:`trgnet.kernels.launch.launch` does."""
         if 0 in grid:
             return
-        described = LAUNCH._describe(function, arguments, constants, num_warps, num_stages)
+        described = LAUNCH._describe(function, grid, arguments, constants, num_warps, num_stages)
         ptx, shared = _code(described)
         present = [a for a in arguments if a is not None]
         self.run(function.__name__.strip("_").removesuffix("_kernel"), ptx, grid, present, shared, num_warps)
