@@ -234,6 +234,14 @@ def _tile(x: Tensor, features: int) -> dict[str, int]:
     }
 
 
+def _stages(x: Tensor) -> int:
+    """Return the stages of the loads. On Hopper one: Triton 3.7.1 would overwrite operands of products that still run.
+
+    Found by executing the compiled code (``tests/ptx``).
+    """
+    return 1 if target_of(x) == Target("cuda", 90) else 3
+
+
 def launch_pointwise(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, group: int = 1, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
@@ -259,7 +267,7 @@ def launch_pointwise(
     launch(
         _pointwise_kernel, (batch * nt * nr,), rows(x), packed, bias, None if mask is None else rows(mask), y, parts,
         matrices, features, channels, steps, t // align, nt, nr, count, group, plane, UNIT=align, PRECISION=precision,
-        num_warps=8, num_stages=3, **tile,
+        num_warps=8, num_stages=_stages(x), **tile,
     )  # fmt: skip
     return y, parts
 
@@ -283,7 +291,7 @@ def launch_pointwise_weight(grad: Tensor, x: Tensor, matrices: int, sums: bool) 
     launch(
         _pointwise_weight_kernel, (batch * ns * nr * nc,), rows(grad), rows(x), parts, batch, features, channels,
         t // align, steps, ns, nr, nc, length, SUMS=sums, UNIT=align, PRECISION=dot_precision(x),
-        num_warps=8 if tile["BR"] == 128 or target_of(x) != Target("cuda", 90) else 4, num_stages=3, **tile,
+        num_warps=8 if tile["BR"] == 128 or target_of(x) != Target("cuda", 90) else 4, num_stages=_stages(x), **tile,
     )  # fmt: skip
     return parts.view(ns, batch // matrices, matrices, length).sum((0, 1))
 
