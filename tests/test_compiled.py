@@ -31,7 +31,7 @@ class Work:
 PRODUCT, ROWS, SUMS = Work(matrix=True, rows=True), Work(rows=True), Work()
 # Most accesses in the code of a program are those of a gradient (F, F, 3), with stride 3, or of weights.
 WEIGHTS = Work(matrix=True)
-POINTWISE = {"pointwise_pack": SUMS, "pointwise": PRODUCT, "pointwise_weight": PRODUCT}
+POINTWISE = {"pointwise_pack": SUMS, "pointwise": PRODUCT, "pointwise_weight": WEIGHTS}
 # Every operator's kernels, shared ones too.
 KERNELS = {
     "multiscale_graph_conv": POINTWISE | {"combine_parts": SUMS},
