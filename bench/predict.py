@@ -15,8 +15,8 @@ Then one multiprocessor is simulated (:mod:`bench.sass_time`). Nothing depends o
 needs no entry; contents of integer tensors are in :func:`integers`. The times of torch's own calls in the training step
 are estimates from their bytes and FLOPs (:mod:`bench.step_time`).
 
-What is printed are predictions, not measurements. The header says how far off they are for kernels that were measured, by
-the last run of --measured at the code that was measured.
+What is printed are predictions, not measurements. The header says how far off they were for the kernels in
+bench/predictions/measured.json, whose ratios were taken when the model was fitted, with the code that was measured.
 """
 
 from __future__ import annotations
@@ -412,7 +412,9 @@ def _print_header(console: Console) -> None:
 
     measured = json.loads(MEASURED.read_text())
     console.print(f"PREDICTIONS for an H100, not measurements. triton {triton.__version__}, {date.today()}")
-    console.print(f"Calibrated with {measured['machine']}, {measured['date']}: {measured['fit']}.")
+    console.print(
+        f"Calibrated with {measured['machine']}, {measured['date']}: {Fit(measured['predicted / measured'])}."
+    )
 
 
 def _print_fit(compared: Fit, console: Console) -> None:

@@ -48,7 +48,7 @@ from .launch import (
     unit,
 )
 from .operator import Fused, Operator, check_mask, check_shapes
-from .pointwise import add_split_product, tf32
+from .pointwise import add_product_of_rows
 
 BLOCK_ELEMENTS = 1 << 21  # elements of the frame-level graph that exist at a time in the reference
 CACHED_ELEMENTS = 1 << 17  # and in the analytic passes
@@ -377,11 +377,7 @@ def _dynamic_graph_conv_graph_kernel(
         x = tl.load(x_ptr + o_v[:, None] * T + t[None, :], mask=(o_v < V)[:, None] & m_t, other=0.0)
         if bias_ptr is not None:
             x = (x + bias).to(x.dtype)
-        if PRECISION == "tf32x3":
-            a, b = tf32(grad), tf32(x)
-            total = add_split_product(a, grad - a, tl.trans(b), tl.trans(x - b), total)
-        else:
-            total = tl.dot(grad, tl.trans(x), total, input_precision=PRECISION)
+        total = add_product_of_rows(grad, x, total, PRECISION)
     place = (i_s * tl.num_programs(0).to(tl.int64) + i_nf) * (V * V)
     inside = (o_u < V)[:, None] & (o_v < V)[None, :]
     tl.store(out_ptr + place + o_u[:, None] * V + o_v[None, :], total, mask=inside)

@@ -29,18 +29,8 @@ def store_moments(parts_ptr, i_p, count, mean, squares, channels, m_channels, F,
 
 
 @device_function
-def store_part(parts_ptr, i_p, values, real, channels, m_channels, F, P, count):
-    """Store part ``i_p`` of channels from values and their mask (C, X, Y), ``count`` real values each."""
-    values = tl.where(real, values, 0.0)
-    mean = tl.sum(tl.sum(values, 2), 1) / tl.maximum(count, 1.0)  # [C]
-    deviation = tl.where(real, values - mean[:, None, None], 0.0)
-    squares = tl.sum(tl.sum(deviation * deviation, 2), 1)
-    store_moments(parts_ptr, i_p, count, mean, squares, channels, m_channels, F, P)
-
-
-@device_function
 def store_rows_part(parts_ptr, i_p, values, real, channels, m_channels, F, P, count):
-    """:func:`store_part` from values (C, X) of which the columns ``real`` [X] count."""
+    """Store part ``i_p`` of channels from values (C, X), of which the ``count`` columns ``real`` [X] count."""
     values = tl.where(real[None, :], values, 0.0)
     mean = tl.sum(values, 1) / tl.maximum(count, 1.0)  # [C]
     deviation = tl.where(real[None, :], values - mean[:, None], 0.0)

@@ -96,6 +96,18 @@ def add_split_product(a, a_rest, b, b_rest, total):
     return tl.dot(a, b, total, input_precision="tf32")
 
 
+@device_function
+def add_product_of_rows(a, b, total, PRECISION: tl.constexpr):
+    """Add a @ b^T to ``total``."""
+    if PRECISION == "tf32x3":
+        a_rounded, b_rounded = tf32(a), tf32(b)
+        return add_split_product(
+            a_rounded, a - a_rounded, tl.trans(b_rounded), tl.trans(b - b_rounded), total
+        )
+    else:
+        return tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
+
+
 @kernel
 def _pointwise_pack_kernel(
     weight_ptr, packed_ptr, R, K, matrix, row, column, NR, NK, PLANE, BR: tl.constexpr, BK: tl.constexpr,
@@ -195,11 +207,7 @@ def _pointwise_weight_kernel(
         x = tl.load(p_x, mask=m_c & m_t, other=0.0)  # [BC, BT]
         if SUMS:
             row_sum += tl.sum(grad.to(tl.float32), 1)
-        if PRECISION == "tf32x3":
-            a, b = tf32(grad), tf32(x)
-            total = add_split_product(a, grad - a, tl.trans(b), tl.trans(x - b), total)
-        else:
-            total = tl.dot(grad, tl.trans(x), total, input_precision=PRECISION)
+        total = add_product_of_rows(grad, x, total, PRECISION)
         p_grad += BT
         p_x += BT
     out_ptr += (i_s * B + i_b) * LENGTH

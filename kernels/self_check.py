@@ -176,7 +176,7 @@ def results(op: Operator, args: Sequence[Any], backend: str, precision: str) -> 
     mask = next((a for a in args if isinstance(a, Tensor) and a.dtype == torch.bool), None)
     values = [o.detach() for o in outputs]
     if op.statistics and not values[-1].numel():  # the reference leaves them to whatever follows
-        values[-op.statistics :] = _statistics(
+        values[-op.statistics :] = feature_statistics(
             values[0].to(torch.promote_types(dtype, values[0].dtype)), mask
         )
     return {f"output {i}": value for i, value in enumerate(values)} | {
@@ -226,9 +226,10 @@ def _autocast(args: Sequence[Any], precision: str) -> Any:
     return torch.autocast(device, HALF.get(precision), enabled=precision in HALF)
 
 
-def _statistics(x: Tensor, mask: Tensor) -> list[Tensor]:
-    """Mean and biased variance of each feature over valid frames."""
-    rows = x.movedim(1, -1)[mask.expand(-1, x.shape[2], -1)]
+def feature_statistics(x: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """Return mean and biased variance of each feature of x (N, F, V, T) over valid frames; without a mask over all."""
+    rows = x.movedim(1, -1)
+    rows = rows.flatten(0, 2) if mask is None else rows[mask.expand(rows.shape[:3])]
     return [rows.mean(0), rows.var(0, unbiased=False)]
 
 

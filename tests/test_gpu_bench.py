@@ -101,7 +101,7 @@ def test_values_that_change_are_found():
         measurements._assert_repeats(a, b, "sum")
 
 
-@pytest.mark.skipif(ON_GPU, reason="the kernels compute in it on a GPU")
+@pytest.mark.skipif(ON_GPU, reason="a GPU computes in bfloat16")
 def test_what_the_interpreter_cannot_compute_is_skipped():
     with pytest.raises(measurements.Skipped, match="interpreter"):
         last_values(measurements.values("fusion_layer", "bfloat16", []))

@@ -385,7 +385,7 @@ def test_command_fails_where_an_operator_does(capsys, tmp_path, faulty):
     assert "Fatal Python error: Aborted" in findings["pairwise_distance"]["detail"]
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="about machines without a GPU")
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="tests machines without a GPU")
 def test_command_without_a_gpu(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["trgnet.kernels.launch"], "interpreted", lambda: False)
     code, printed = verify(capsys, tmp_path / "report.json")

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 from trgnet.kernels import operator
 from trgnet.kernels.examples import HALF_ARGUMENTS, Size, example, forms
 from trgnet.kernels.launch import interpreted
+from trgnet.kernels.self_check import feature_statistics
 
 from trgnet.step_graphs import CudaCapture
 
@@ -154,9 +155,7 @@ def _statistics(call: Call, valid: Tensor | None) -> dict[str, Tensor]:
         first, *others = call.function(*call.args)
     found = others[-count:]
     if not found[-1].numel():
-        rows = first.double().movedim(1, -1)
-        rows = rows.flatten(0, 2) if valid is None else rows[valid.expand(rows.shape[:3])]
-        found = [rows.mean(0), rows.var(0, unbiased=False)]
+        found = feature_statistics(first.double(), valid)
     return {f"statistic {i}": statistic for i, statistic in enumerate(found)}
 
 
