@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_map_only
 from trgnet.kernels import operator, operator_table
 from trgnet.kernels.examples import HALF_ARGUMENTS, Size, changed
 from trgnet.kernels.launch import Launch, Target, interpreted, record_launches
+from trgnet.kernels.self_check import float32_products
 
 from . import sass
 from .operators import make_case
@@ -46,10 +47,10 @@ ARCHITECTURES = {
     "gfx942": Target("hip", "gfx942"),
 }
 PRECISIONS = {
-    "float32": (torch.float32, "highest"),
-    "tf32": (torch.float32, "high"),
-    "bfloat16": (torch.bfloat16, "highest"),
-    "float16": (torch.float16, "highest"),
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
 }
 SIZES = {
     "published": Size(n=2, t=128),
@@ -200,19 +201,14 @@ def launches(job: Job) -> list[Launch]:
 
 def recorded(job: Job) -> list[Launch]:
     """Every launch of forward and backward of an operator on the job's architecture, in order."""
-    dtype, matmul = PRECISIONS[job.precision]
+    dtype = PRECISIONS[job.precision]
     changes = {} if job.variant == PLAIN else VARIANTS[job.operator][job.variant]
     forms = [changed(form, changes) for form in make_case(job.operator, job.size).forms]
     narrow = {*operator(job.operator).triton.narrowed, *HALF_ARGUMENTS.get(job.operator, ())} - changes.keys()
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(matmul)
-    try:
-        with record_launches(ARCHITECTURES[job.arch]) as found:
-            for form in forms:
-                args = [_on_meta(a, dtype if i in narrow else None) for i, a in enumerate(form)]
-                operator(job.operator).triton_passes(args, torch.empty_like)
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with float32_products(job.precision), record_launches(ARCHITECTURES[job.arch]) as found:
+        for form in forms:
+            args = [_on_meta(a, dtype if i in narrow else None) for i, a in enumerate(form)]
+            operator(job.operator).triton_passes(args, torch.empty_like)
     return found
 
 
@@ -223,10 +219,11 @@ def _on_meta(argument: Any, dtype: torch.dtype | None) -> Any:
 
 def compile_job(job: Job) -> list[Code]:
     """Compile what the job launches."""
-    return [_facts(job, launch, _compiled(launch, ARCHITECTURES[job.arch])) for launch in launches(job)]
+    return [_facts(job, launch, compile_launch(launch, ARCHITECTURES[job.arch])) for launch in launches(job)]
 
 
-def _compiled(launch: Launch, target: Target) -> Any:
+def compile_launch(launch: Launch, target: Target) -> Any:
+    """Compile the kernel of a recorded launch as Triton's just-in-time compiler would."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -250,7 +247,7 @@ def _facts(job: Job, launch: Launch, compiled: Any) -> Code:
     read = _amd_facts if job.arch.startswith("gfx") else _nvidia_facts
     return Code(
         operator=job.operator,
-        kernel=launch.kernel.__name__.strip("_").removesuffix("_kernel"),
+        kernel=launch.name,
         precision=job.precision,
         arch=job.arch,
         num_warps=launch.num_warps,

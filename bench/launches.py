@@ -143,7 +143,7 @@ def counting() -> Iterator[Counts]:
     with record_launches(TARGET) as recorded, DeviceCalls() as mode:
         yield counts
     counts.calls.update(mode.calls)
-    counts.kernels.update(launch.kernel.__name__.strip("_").removesuffix("_kernel") for launch in recorded)
+    counts.kernels.update(launch.name for launch in recorded)
 
 
 @contextmanager

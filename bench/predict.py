@@ -127,7 +127,7 @@ _CODES: dict[Any, sass.Code] = {}
 def code_of(launch: Launch) -> sass.Code:
     """The machine code of a launch."""
     if launch.compilation not in _CODES:
-        built = compiled._compiled(launch, compiled.ARCHITECTURES[ARCHITECTURE])
+        built = compiled.compile_launch(launch, compiled.ARCHITECTURES[ARCHITECTURE])
         _CODES[launch.compilation] = sass.read(built.asm["cubin"], built.metadata.shared)
     return _CODES[launch.compilation]
 
@@ -148,17 +148,12 @@ def predict(operator: str, precision: str, launch: Launch, size: Size = SIZE) ->
         sizes = {name: v.length * v.dtype.itemsize for name, v in launch.arguments if isinstance(v, Span)}
         found = sass_time.predict(code, trace, launch.grid, sizes)
         _ROWS[known] = Row(
-            operator, name_of(launch), precision, 1, launch.grid, launch.num_warps, code.registers, code.shared,
+            operator, launch.name, precision, 1, launch.grid, launch.num_warps, code.registers, code.shared,
             found.occupancy, 1e6 * found.seconds, 1e6 * found.floor, found.limiter,
             {name: 1e6 * seconds for name, seconds in found.resources.items()}, _conflicts(code, trace),
             tuple(sass.faults(code) + trace.faults),
         )  # fmt: skip
     return replace(_ROWS[known], operator=operator, precision=precision)
-
-
-def name_of(launch: Launch) -> str:
-    """The kernel's name as the tables have it."""
-    return launch.kernel.__name__.strip("_").removesuffix("_kernel")
 
 
 def _conflicts(code: sass.Code, trace: sass_run.Trace) -> float:

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from trgnet.kernels import operator_table, use_backend
 from trgnet.kernels.examples import Size
 from trgnet.kernels.launch import Launch, record_launches
+from trgnet.kernels.self_check import float32_products
 
 from .compiled import PRECISIONS
 from .launches import PHASES, TARGET, DeviceCalls, Step
@@ -131,17 +132,12 @@ class _Autocast(TorchFunctionMode):
 
 def record_step(precision: str, size: Size) -> dict[str, Phase]:
     """What a training step starts, by phase."""
-    dtype, matmul = PRECISIONS[precision]
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(matmul)
-    try:
-        step, phases = Step(size), {name: Phase() for name in PHASES}
-        with use_backend("triton"):
-            step.run(lambda name: _recording(phases[name], dtype, name))  # makes the optimizer's state
-            phases = {name: Phase() for name in PHASES}
-            step.run(lambda name: _recording(phases[name], dtype, name))
-    finally:
-        torch.set_float32_matmul_precision(before)
+    dtype = PRECISIONS[precision]
+    step, phases = Step(size), {name: Phase() for name in PHASES}
+    with float32_products(precision), use_backend("triton"):
+        step.run(lambda name: _recording(phases[name], dtype, name))  # makes the optimizer's state
+        phases = {name: Phase() for name in PHASES}
+        step.run(lambda name: _recording(phases[name], dtype, name))
     return phases
 
 

@@ -91,6 +91,11 @@ class Launch:
     """(parameter, number, or :class:`Span` of a tensor); absent ones are left out."""
 
     @property
+    def name(self) -> str:
+        """The kernel's name as tables have it."""
+        return self.kernel.__name__.strip("_").removesuffix("_kernel")
+
+    @property
     def compilation(self) -> tuple[Any, ...]:
         """What makes Triton compile anew when it changes."""
         return self.kernel, self.types, self.aligned, self.constants, self.num_warps, self.num_stages

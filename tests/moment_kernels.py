@@ -20,7 +20,7 @@ from trgnet.kernels.launch import Launch, kernel, launch, record_launches, tl
 from trgnet.kernels.loss_gate import AVERAGES, observe
 from trgnet.kernels.moment_update import Moments, MomentTable
 
-from bench.compiled import ARCHITECTURES, Job, _compiled, _facts
+from bench.compiled import ARCHITECTURES, Job, _facts, compile_launch
 from bench.sass import tool
 
 FLOAT, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
@@ -47,7 +47,7 @@ def gate_instructions(arch: str, average: str) -> list[str]:
     history = torch.empty(10, device="meta") if average == "window" else None
     with record_launches(ARCHITECTURES[arch]) as launches:
         launch(_gate_kernel, (1,), control, history, loss, 10, 0.25, KIND=average)
-    ptx = _compiled(launches[0], ARCHITECTURES[arch]).asm["ptx"]
+    ptx = compile_launch(launches[0], ARCHITECTURES[arch]).asm["ptx"]
     return sorted(set(re.findall(r"^\s*(?:@!?%p\d+ )?([a-z]\S*\.f(?:16|32|64))\b", ptx, re.M)))
 
 
@@ -72,7 +72,7 @@ def recorded(arch: str, dtypes: tuple, aligned: bool = True, size: int = 5000, *
 
 
 def facts(launch: Launch, arch: str) -> dict[str, int]:
-    compiled = _compiled(launch, ARCHITECTURES[arch])
+    compiled = compile_launch(launch, ARCHITECTURES[arch])
     code = _facts(Job("moment_update", "float32", arch), launch, compiled)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"

@@ -176,11 +176,11 @@ def test_tiles_of_eight_columns_are_found():
     """Eight warps share the 16 frames of a float32 tile."""
     program = (
         "from dataclasses import replace\n"
-        "from bench.compiled import ARCHITECTURES, Job, _compiled, _facts, launches\n"
+        "from bench.compiled import ARCHITECTURES, Job, compile_launch, _facts, launches\n"
         "job = Job('attention_layer', 'tf32', 'sm_90')\n"
         "conv = next(each for each in launches(job) if each.kernel.__name__ == '_attention_conv_kernel')\n"
         "wrong = replace(conv, num_warps=8, constants=tuple((dict(conv.constants) | {'BT': 16}).items()))\n"
-        "print(*_facts(job, wrong, _compiled(wrong, ARCHITECTURES['sm_90'])).faults)\n"
+        "print(*_facts(job, wrong, compile_launch(wrong, ARCHITECTURES['sm_90'])).faults)\n"
     )
     assert "tensor-core instructions of eight columns" in output_of("-c", program)
 

@@ -218,7 +218,7 @@ found = {}
 for precision in sys.argv[2:]:
     job = compiled.Job(sys.argv[1], precision, "sm_90")
     for launch in compiled.launches(job):
-        built = compiled._compiled(launch, compiled.ARCHITECTURES["sm_90"])
+        built = compiled.compile_launch(launch, compiled.ARCHITECTURES["sm_90"])
         code = sass.read(built.asm["cubin"], built.metadata.shared)
         found[f"{launch.kernel.__name__} {precision}"] = [len(code.instructions), sass.faults(code)]
 print(json.dumps(found))

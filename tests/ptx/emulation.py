@@ -1,6 +1,6 @@
 """Runs the Triton kernels of this package on CPU tensors: compiled for a GPU that is not there, and emulated.
 
-Triton's interpreter must be off, so this is for programs of their own (tests/emulated.py), not for the process of the tests.
+Triton's interpreter must be off, so this is for a process of its own (:mod:`.plugin`), not for that of the other tests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.compiled import ARCHITECTURES, _compiled
+from bench.compiled import ARCHITECTURES, compile_launch
 
 from .findings import Findings
 from .machine import launch
@@ -58,7 +58,7 @@ class Emulation:
         described = LAUNCH._describe(function, grid, arguments, constants, num_warps, num_stages)
         ptx, shared = _code(described)
         present = [a for a in arguments if a is not None]
-        self.run(function.__name__.strip("_").removesuffix("_kernel"), ptx, grid, present, shared, num_warps)
+        self.run(described.name, ptx, grid, present, shared, num_warps)
 
     def run(
         self,
@@ -97,7 +97,7 @@ class Emulation:
 @functools.cache
 def _code(described: Any) -> tuple[str, int]:
     """PTX of a launch, and the bytes of shared memory that a block asks for."""
-    compiled = _compiled(described, TARGET)
+    compiled = compile_launch(described, TARGET)
     return compiled.asm["ptx"], compiled.metadata.shared
 
 
@@ -161,9 +161,8 @@ class Tensors:
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
     """Addresses of the first byte and behind the last one."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     start = tensor.data_ptr()
-    return start, start + (last + 1) * tensor.element_size()
+    return start, start + LAUNCH._span(tensor).length * tensor.element_size()
 
 
 def _bytes(tensor: Tensor) -> Array:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from trgnet.kernels import operator
 from trgnet.kernels.examples import HALF_ARGUMENTS, Size
+from trgnet.kernels.self_check import float32_products
 
 from bench.compiled import PRECISIONS
 from bench.operators import make_case
@@ -68,10 +69,9 @@ def _detached(argument: Any, dtype: torch.dtype | None) -> Any:
 
 def mutate(name: str, precision: str, instruction: str, size: Size = SIZE) -> Mutations:
     """Forward and backward of an operator with changed kernels."""
-    dtype, matmul = PRECISIONS[precision]
-    torch.set_float32_matmul_precision(matmul)
+    dtype = PRECISIONS[precision]
     narrow = {*operator(name).triton.narrowed, *HALF_ARGUMENTS.get(name, ())}
-    with emulated(Mutations(instruction=instruction)) as mutations:
+    with float32_products(precision), emulated(Mutations(instruction=instruction)) as mutations:
         for form in make_case(name, size).forms:
             args = [_detached(a, dtype if i in narrow else None) for i, a in enumerate(form)]
             operator(name).triton_passes(args, torch.ones_like)
