@@ -223,6 +223,21 @@ SHUFFLES = {
 }
 
 
+def test_a_parameter_is_loaded_from_a_chosen_address():
+    out = np.zeros(WARP, np.uint32)
+    one, two = np.arange(WARP, dtype=np.uint32), np.arange(WARP, dtype=np.uint32) + 100
+    body = """
+    mov.u32 %r1, %tid.x; setp.lt.u32 %p1, %r1, 7; mul.wide.u32 %rd10, %r1, 4;
+    mov.b64 %rd11, k_param_1; mov.b64 %rd12, k_param_2; selp.b64 %rd13, %rd11, %rd12, %p1;
+    ld.param.b64 %rd14, [%rd13]; add.s64 %rd14, %rd14, %rd10; ld.global.b32 %r2, [%rd14];
+    add.s64 %rd15, %rd1, %rd10; st.global.b32 [%rd15], %r2;
+    """
+    assert not run(body, out, one, two).found
+    assert out.tolist() == [*range(7), *range(107, 100 + WARP)]
+    with pytest.raises(UnsupportedPTX, match="part of a parameter"):
+        run(body.replace("[%rd13]", "[%rd13+4]"), out, one, two)
+
+
 @pytest.mark.parametrize("text", SHUFFLES)
 def test_shuffles(text: str):
     expected = BITS[0][SHUFFLES[text](np.arange(WARP))]

@@ -94,7 +94,11 @@ class Decoder:
             return lambda machine: decode(special(machine).astype(RAW[width]), kind)
         if self.program.is_register(operand):
             return self._read_register(self.number(operand), self.program.width(operand), width, kind)
-        constant = decode(np.array([_constant(operand, width)], RAW.get(width, np.bool_)), kind)
+        if operand in self.parameters:
+            bits = self.parameters[operand] * PARAMETER_SIZE
+        else:
+            bits = _constant(operand, width)
+        constant = decode(np.array([bits], RAW.get(width, np.bool_)), kind)
         return lambda machine: constant
 
     def _read_register(self, number: int, has: int, width: int, kind: str) -> Reader:
@@ -197,6 +201,8 @@ SPECIAL: dict[str, Callable[[Machine], Array]] = {
     for i, axis in enumerate("xyz")
 }
 """Special registers."""
+PARAMETER_SIZE = 8
+"""Bytes between the addresses that parameters have here."""
 SYMBOLS = {"global_smem": 0, "true": 1, "false": 0}
 """Addresses by name; Triton has one array of shared memory. And the two predicates that have a name."""
 

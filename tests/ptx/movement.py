@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .machine import WARP, Decoder, Machine, Step, instruction
+from .machine import PARAMETER_SIZE, WARP, Decoder, Machine, Step, instruction
 from .numbers import DTYPES, RAW, Array
 from .program import WIDTHS, Instruction, UnsupportedPTX
 
@@ -67,12 +67,18 @@ def _load(source: Instruction, decoder: Decoder) -> Step:
 
 
 def _load_parameter(source: Instruction, decoder: Decoder) -> Step:
-    name = str(source.operands[1]).strip("[] ")
-    if name not in decoder.parameters:
-        raise UnsupportedPTX(f"parameter of {source.text!r}")
-    number, dtype = decoder.parameters[name], RAW[WIDTHS[source.type]]
-    write = decoder.write(source.vector(0)[0])
-    return lambda machine, active: write(machine, np.array([machine.arguments[number]], dtype), active)
+    """A parameter by its name, or by an address that was chosen among those of several."""
+    dtype, text = RAW[WIDTHS[source.type]], source.text
+    address, write = decoder.address(source.operands[1]), decoder.write(source.vector(0)[0])
+
+    def step(machine: Machine, active: Array | None) -> None:
+        numbers, rest = np.divmod(address(machine)[_chosen(machine, active)], PARAMETER_SIZE)
+        arguments = np.array(machine.arguments, np.uint64)
+        if rest.any() or not ((numbers >= 0) & (numbers < len(arguments))).all():
+            raise UnsupportedPTX(f"part of a parameter, or none, in {text!r}")
+        write(machine, _spread(machine, arguments[numbers].astype(dtype), active), active)
+
+    return step
 
 
 @instruction("st")
