@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .frame_statistics import new_parts, store_rows_part
+from .frame_tiles import needs_split_products
 from .launch import (
     TILE_LIMIT,
     Target,
@@ -290,7 +291,9 @@ def launch_pointwise_weight(grad: Tensor, x: Tensor, matrices: int, sums: bool) 
     if not launchable(x):
         return x.new_empty(matrices, length, dtype=torch.float32)
     # Rows first: a product on tensor cores splits its first operand in registers, the second one in shared memory.
-    tile = {"BR": min(128, power_of_two(features, 64)), "BC": min(64, power_of_two(channels, 16)), "BT": 32}
+    before_hopper = target_of(x).backend == "cuda" and target_of(x).arch < 90
+    most = 64 if before_hopper and needs_split_products(x) else 128  # rows that registers have room for
+    tile = {"BR": min(most, power_of_two(features, 64)), "BC": min(64, power_of_two(channels, 16)), "BT": 32}
     align = unit(t)
     nr, nc, nt = cdiv(features, tile["BR"]), cdiv(channels, tile["BC"]), cdiv(t, tile["BT"])
     steps = cdiv(nt, cdiv(PROGRAMS, max(1, batch * nr * nc)))
