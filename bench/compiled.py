@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for GPUs that need not be there, and prints what came out.
 
-    python -m bench.compiled                     # everything (an hour of two cores); exit code 1 on a fault
+    python -m bench.compiled                     # everything, which takes long; exit code 1 on a fault
     python -m bench.compiled --arch sm_90 --operator dynamic_graph_conv --precision bfloat16 --size published
     python -m bench.compiled --json FILE         # the same as records
 
